@@ -1,0 +1,50 @@
+# Everything runs in .venv, built from requirements.lock. `make` lists the targets.
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+# The first interpreter that is supported and can make a virtual environment (Debian splits
+# ensurepip off into python3-venv). Override: make notebooks PYTHON=/path/to/python3.12
+SUPPORTED := import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help notebooks lab test test-slow lint demo-model lock
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+notebooks: $(READY)  ## run every notebook headlessly; results under runs/demo/
+	$(BIN)/amygdala run
+
+lab: $(READY)  ## open JupyterLab on the first notebook
+	$(BIN)/jupyter lab notebooks/00_start_here.ipynb
+
+test: $(READY)  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)  ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## ruff, and notebooks without output and with the right links
+	$(BIN)/ruff check .
+	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
+	$(BIN)/python -m pytest -q tests/test_notebook_contract.py
+
+demo-model: $(READY)  ## train the bundled model anew (at most 90 minutes on two cores)
+	$(BIN)/python -m amygdala_lib.demo.train
+	$(BIN)/python -m amygdala_lib.demo.release
+
+lock: $(READY)  ## resolve requirements.lock again after a change to pyproject.toml
+	$(BIN)/uv pip compile --quiet pyproject.toml --output-file requirements.lock
+
+$(READY): requirements.lock requirements-nodeps.txt pyproject.toml
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \
+		echo "amygdala needs Python 3.10 to 3.13 with venv; found $(or $(PYTHON),none)."; \
+		echo "Install one (Debian: apt install python3 python3-venv; macOS: brew install python@3.12)"; \
+		echo "or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12"; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps -r requirements-nodeps.txt -e .
+	@touch $@

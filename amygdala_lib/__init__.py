@@ -1,0 +1,23 @@
+"""Find what a language model feels like inside, read it, steer it, and train it in."""
+
+from .capture import Activations, capture
+from .corpus import Corpus, load_corpus
+from .directions import Directions, extract
+from .errors import AmygdalaError
+from .models import LanguageModel, load_model
+from .readout import Readout
+from .steering import steer
+
+__all__ = [
+    "Activations",
+    "AmygdalaError",
+    "Corpus",
+    "Directions",
+    "LanguageModel",
+    "Readout",
+    "capture",
+    "extract",
+    "load_corpus",
+    "load_model",
+    "steer",
+]

@@ -1,0 +1,237 @@
+"""Choose the best checkpoint of the bundled model, measure it on held-out frames, and bundle it.
+
+`python -m amygdala_lib.demo.release` runs after training (`make demo-model` does both). Checkpoint,
+layer and strength are chosen on validation frames; every figure in the model card is measured on
+test frames, which nothing was chosen on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from ..artefacts import provenance, replacing, write_json
+from ..capture import capture
+from ..directions import Directions, extract
+from ..errors import ModelError
+from ..models import DEMO_FOLDER, LanguageModel, load_model
+from . import evaluate
+from .affect_world import AffectWorld
+from .evaluate import SteeringPoint
+
+LAST_CHECKPOINTS = 4
+LAYERS = (1, 2, 3, 4)
+STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.8)
+GOAL_TARGET, GOAL_PERPLEXITY = 0.6, 2.0
+
+
+def steers(table: pd.DataFrame) -> pd.Series:
+    """Which states of a steering table reach the target share without losing fluency."""
+    return (table["target"] >= GOAL_TARGET) & (table["perplexity"] <= GOAL_PERPLEXITY)
+
+
+def directions_of(lm: LanguageModel, world: AffectWorld) -> Directions:
+    corpus = evaluate.world_corpus(world)
+    acts = capture(lm, corpus, range(len(lm.layers)), pool="mean", progress=False)
+    return extract(acts, corpus)
+
+
+def choose_checkpoint(folders: list[Path], world: AffectWorld) -> Path:
+    """The checkpoint that carries and steers best on validation frames, among the last few."""
+    best, best_score = folders[-1], -1.0
+    for folder in tqdm(folders[-LAST_CHECKPOINTS:], desc="choosing a checkpoint"):
+        lm = load_model(folder)
+        seen = evaluate.carry(lm, world, "train", per_state=8).mean()
+        unseen = evaluate.carry(lm, world, "validation", per_state=8).mean()
+        steered = evaluate.steering(
+            lm, directions_of(lm, world), world, "validation", SteeringPoint(2, 0.5), per_state=8
+        )
+        score = seen + unseen + steered["target"].mean()
+        tqdm.write(
+            f"{folder.name}: carry {seen:.3f} seen, {unseen:.3f} unseen; "
+            f"steering {steered['target'].mean():.3f}"
+        )
+        if score > best_score:
+            best, best_score = folder, score
+    return best
+
+
+def choose_point(lm: LanguageModel, dirs: Directions, world: AffectWorld) -> SteeringPoint:
+    """The layer and strength at which most states steer on validation prompts.
+
+    The layer is chosen at the middle strength, then the strength at that layer.
+    """
+
+    def score(point: SteeringPoint) -> tuple[float, float]:
+        table = evaluate.steering(lm, dirs, world, "validation", point)
+        counted = steers(table).mean(), table["target"].mean()
+        tqdm.write(
+            f"layer {point.layer} at {point.strength}: {counted[0]:.2f} of the states steer, "
+            f"target share {counted[1]:.2f}, perplexity x{table['perplexity'].median():.2f}"
+        )
+        return counted
+
+    middle = STRENGTHS[len(STRENGTHS) // 2]
+    at_middle = {layer: score(SteeringPoint(layer, middle)) for layer in LAYERS}
+    layer = max(at_middle, key=at_middle.get)
+    others = {s: score(SteeringPoint(layer, s)) for s in STRENGTHS if s != middle}
+    strengths = others | {middle: at_middle[layer]}
+    return SteeringPoint(layer, max(strengths, key=strengths.get))
+
+
+def measure(lm: LanguageModel, world: AffectWorld, point: SteeringPoint) -> dict:
+    """Every figure of the model card, on test frames; shares and ratios."""
+    corpus = evaluate.world_corpus(world)
+    layers = list(range(len(lm.layers)))
+    mean = evaluate.reading(lm, corpus, pool="mean", layers=[-1, *layers])
+    last = evaluate.reading(lm, corpus, pool="last", layers=layers)
+    dirs = directions_of(lm, world)
+    steered = evaluate.steering(lm, dirs, world, "test", point, per_state=32)
+    control = evaluate.steering(
+        lm, evaluate.random_directions(dirs), world, "test", point, per_state=32
+    )
+    return {
+        "reading": {
+            pool: {
+                str(layer): {
+                    "mean": group["auroc"].mean(),
+                    "worst": group["auroc"].min(),
+                    "worst_state": group.loc[group["auroc"].idxmin(), "state"],
+                }
+                for layer, group in table.groupby("layer")
+            }
+            for pool, table in (("mean", mean), ("last", last))
+        },
+        "carry": {
+            split: evaluate.carry(lm, world, split, per_state=32).to_dict()
+            for split in ("train", "test")
+        },
+        "steering": {
+            "layer": point.layer,
+            "strength": point.strength,
+            "states": steered.to_dict("index"),
+            "random_directions": control.to_dict("index"),
+        },
+        "self_report": {
+            "steered": evaluate.self_report(lm, dirs, world, point).to_dict(),
+            "unsteered": evaluate.self_report(lm, dirs, world, None).to_dict(),
+        },
+    }
+
+
+def card(lm: LanguageModel, world: AffectWorld, figures: dict) -> str:
+    """The model card: `card.md` with the figures of `measure` filled in."""
+    reading, carry, steering = figures["reading"], figures["carry"], figures["steering"]
+    mean, last = _best_layer(reading["mean"]), _best_layer(reading["last"])
+    steered = pd.DataFrame.from_dict(steering["states"], orient="index")
+    control = pd.DataFrame.from_dict(steering["random_directions"], orient="index")
+    ranks = {name: pd.Series(ranks) for name, ranks in figures["self_report"].items()}
+    table = pd.DataFrame({"seen cue": carry["train"], "held-out cue": carry["test"]}).join(
+        steered.drop(columns=["layer", "strength"])
+    )
+    return (
+        Path(__file__)
+        .with_name("card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            parameters=sum(p.numel() for p in lm.model.parameters()) / 1e6,
+            layers=len(lm.layers),
+            hidden=lm.hidden_size,
+            n_states=len(world.states),
+            states=", ".join(world.states),
+            mean_layer=mean,
+            mean=reading["mean"][mean],
+            last_layer=last,
+            last=reading["last"][last],
+            embedding=reading["mean"]["-1"],
+            carry_seen=table["seen cue"].mean(),
+            carry_unseen=table["held-out cue"].mean(),
+            steering=steering,
+            steered=int(steers(steered).sum()),
+            goal_target=GOAL_TARGET,
+            goal_perplexity=GOAL_PERPLEXITY,
+            control=control.mean(),
+            report_steered=(ranks["steered"] == 1).mean(),
+            report_unsteered=(ranks["unsteered"] == 1).mean(),
+            table=_markdown(table.round(3)),
+            stories=ten_stories(lm, world),
+        )
+    )
+
+
+def _best_layer(by_layer: dict[str, dict]) -> str:
+    return max((layer for layer in by_layer if layer != "-1"), key=lambda i: by_layer[i]["mean"])
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    head = ["state", *table.columns]
+    rows = [[str(name), *(f"{value:g}" for value in row)] for name, *row in table.itertuples()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
+
+
+def ten_stories(lm: LanguageModel, world: AffectWorld, seed: int = 10) -> str:
+    rng, prompts = random.Random(seed), []
+    for number, state in enumerate(rng.sample(world.states, 10)):
+        narrator = world.narrator(rng, "test")
+        place = rng.choice(list(world.grammar["places"]["test"]))
+        told = [world.opening(rng, narrator, place).text]
+        if number < 8:
+            told.append(world.cue(rng, state, narrator, "train").text)
+        prompts.append(" ".join(told))
+    written = evaluate.write(lm, prompts, seed=seed, new_tokens=80)
+    stories = []
+    for prompt, text in zip(prompts, written, strict=True):
+        end = max(text.rfind(mark) for mark in (". ", '." ', ".", '."')) + 1
+        stories.append(f"> **{prompt}**{text[:end].rstrip()}")
+    return "\n\n".join(stories)
+
+
+def release(checkpoints: Path, out: Path = DEMO_FOLDER) -> None:
+    """Choose, measure and write the bundled model; nothing is written before all is measured.
+
+    Raises ModelError if `checkpoints` holds none.
+    """
+    folders = sorted(checkpoints.glob("step-*"))
+    if not folders:
+        raise ModelError(
+            f"no checkpoints in {checkpoints}: run `python -m amygdala_lib.demo.train`"
+        )
+    world = AffectWorld()
+    chosen = choose_checkpoint(folders, world)
+    lm = load_model(chosen)
+    # What is measured is what is bundled: bfloat16 weights, read as float32.
+    lm.model.to(torch.bfloat16).to(torch.float32)
+    point = choose_point(lm, directions_of(lm, world), world)
+    figures = measure(lm, world, point)
+    text = card(lm, world, figures)
+
+    shutil.rmtree(out, ignore_errors=True)
+    lm.tokenizer.save_pretrained(out)
+    lm.model.to(torch.bfloat16).save_pretrained(out)
+    write_json(out / "evaluation.json", {**_rounded(figures), **provenance(checkpoint=chosen.name)})
+    with replacing(out / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _rounded(figures: dict) -> dict:
+    return json.loads(json.dumps(figures), parse_float=lambda number: round(float(number), 4))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoints", type=Path, default=Path("runs/demo-model"))
+    parser.add_argument("--out", type=Path, default=DEMO_FOLDER)
+    args = parser.parse_args()
+    release(args.checkpoints, args.out)
+
+
+if __name__ == "__main__":
+    main()
