@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help notebooks lab test test-slow lint demo-model lock
+.PHONY: help notebooks lab test test-slow lint figures demo-model lock
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,12 +32,17 @@ lint: $(READY)  ## ruff, and notebooks without output and with the right links
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
 	$(BIN)/python -m pytest -q tests/test_notebook_contract.py
 
+figures: notebooks  ## renew the pictures the README shows
+	mkdir -p notebooks/figures
+	cp runs/demo/figures/00_token_by_token.png notebooks/figures/token_by_token.png
+
 demo-model: $(READY)  ## train the bundled model anew (at most 90 minutes on two cores)
 	$(BIN)/python -m amygdala_lib.demo.train
 	$(BIN)/python -m amygdala_lib.demo.release
 
-lock: $(READY)  ## resolve requirements.lock again after a change to pyproject.toml
-	$(BIN)/uv pip compile --quiet pyproject.toml --output-file requirements.lock
+lock: $(READY)  ## resolve requirements.lock anew; UPGRADE=--upgrade moves every pin
+	$(BIN)/uv pip compile --quiet pyproject.toml --all-extras --universal --python-version 3.10 \
+		--output-file requirements.lock $(UPGRADE)
 
 $(READY): requirements.lock requirements-nodeps.txt pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(SUPPORTED)' 2>/dev/null || { \

@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .artefacts import repository_root
 from .errors import ModelError
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
@@ -242,6 +243,9 @@ def _locate(name: str | Path) -> tuple[str, str]:
             )
         return str(DEMO_FOLDER), "demo"
     folder = Path(name).expanduser()
+    if not folder.is_dir():
+        # Notebooks run in their own folder, but their parameters are given from the repository's.
+        folder = repository_root() / folder
     if folder.is_dir():
         if not (folder / "config.json").exists():
             raise ModelError(f"{folder} has no config.json: give the folder save_pretrained wrote")

@@ -129,6 +129,8 @@ class Record:
             for file in sorted(written | earlier.keys())
             if (digest := hash_content(self.root / file))
         }
+        # A file of an earlier notebook that this one wrote over is no longer something it reads.
+        outcome.reads = {file: sha for file, sha in outcome.reads.items() if file not in written}
         self.outcomes[outcome.notebook] = outcome
         self._write()
 

@@ -150,20 +150,18 @@ def token_heatmap(
     values: pd.DataFrame,
     *,
     title: str = "What is represented, token by token",
-    most: int = 10,
+    most: int = 6,
     tokens_per_row: int = 36,
 ) -> Figure:
     """How strongly each concept (column) shows at each token (row, in reading order), in z-scores.
 
-    The `most` concepts that move most are shown, those that peak early above those that peak late.
+    The `most` concepts with the highest peaks are shown, early ones above late ones.
     Long texts go on in further panels below.
     """
-    moving = values.columns[values.std().argsort()[::-1]][:most]
-    values = values[moving]
-    centre = (
-        values.clip(lower=0).mul(np.arange(len(values)), axis=0).sum() / values.clip(lower=0).sum()
-    )
-    values = values[centre.sort_values().index]
+    # Peaks that last: single tokens are noisy.
+    lasting = values.reset_index(drop=True).rolling(12, min_periods=4, center=True).mean()
+    shown = lasting.max().nlargest(most).index
+    values = values[lasting[shown].idxmax().sort_values().index]
     limit = float(np.quantile(np.abs(values.to_numpy()), 0.98))
     tokens = list(values.index)
     panels = [slice(i, i + tokens_per_row) for i in range(0, len(tokens), tokens_per_row)]
@@ -272,7 +270,7 @@ def separation_by_layer(aurocs: pd.DataFrame, n_layers: int, *, ax: Axes | None 
     best = median.idxmax()
     place = "the embeddings" if best < 0 else f"layer {best}"
     ax.set_title(f"Concepts stand out best at {place}: median AUROC {median[best]:.2f}", loc="left")
-    ax.legend(frameon=False, loc="lower right")
+    ax.legend(frameon=False, loc="best")
     sns.despine(ax=ax)
     return ax.figure
 

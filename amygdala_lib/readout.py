@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -52,18 +53,35 @@ class Readout:
             return values
         return (values - dirs.means[layer].to(hidden.device)) / dirs.stds[layer].to(hidden.device)
 
+    def calibrated(self, acts: Activations) -> Readout:
+        """The same readout with z-scores in units of single tokens, those of `acts`.
+
+        Directions come with the spread of whole texts, which pooling makes smaller than that of
+        tokens. Raises ModelError unless `acts` was captured with pool="tokens" at all its layers.
+        """
+        _tokens_of(acts)
+        means, stds = {}, {}
+        for layer in self.directions.layers:
+            values = self.project(torch.cat(acts[layer]), layer, zscore=False)
+            means[layer], stds[layer] = values.mean(0), values.std(0)
+        return Readout(replace(self.directions, means=means, stds=stds))
+
     def frame(self, acts: Activations, layer: int) -> list[pd.DataFrame]:
         """z-scores of every token of each text: one frame per text, tokens by concepts.
 
         Raises ModelError unless `acts` was captured with pool="tokens".
         """
-        if acts.tokens is None:
-            raise ModelError(f"pool={acts.pool!r} keeps no tokens: capture with pool='tokens'")
         return [
             pd.DataFrame(
                 self.project(hidden, layer).numpy(),
                 index=pd.Index(tokens, name="token"),
                 columns=self.directions.concepts,
             )
-            for hidden, tokens in zip(acts[layer], acts.tokens, strict=True)
+            for hidden, tokens in zip(acts[layer], _tokens_of(acts), strict=True)
         ]
+
+
+def _tokens_of(acts: Activations) -> list[list[str]]:
+    if acts.tokens is None:
+        raise ModelError(f"pool={acts.pool!r} keeps no tokens: capture with pool='tokens'")
+    return acts.tokens

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
@@ -275,29 +276,32 @@ def test_a_damaged_summary_is_named(two, text):
         run_notebooks(root=two)
 
 
-def start_sleeping(root: Path) -> subprocess.Popen:
-    """A runner, in a process of its own, whose notebook has begun to sleep for a minute."""
-    write_notebook(root, "00_sleep", "open('begun', 'w').close()", "import time; time.sleep(60)")
+@contextmanager
+def sleeping_runner(root: Path):
+    """A runner, in a process of its own, whose notebook has begun to sleep for ten minutes."""
+    write_notebook(root, "00_sleep", "open('begun', 'w').close()", "import time; time.sleep(600)")
     command = (  # a shell's background job ignores Ctrl-C, and so would its children
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"from amygdala_lib.notebooks import run_notebooks; run_notebooks(root={str(root)!r})"
     )
     process = subprocess.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not (root / "notebooks/begun").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    return process
+    try:
+        deadline = time.monotonic() + 300
+        while not (root / "notebooks/begun").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_two_runners_do_not_share_a_run_and_ctrl_c_leaves_nothing_behind(tmp_path):
-    process = start_sleeping(tmp_path)
-    try:
+    with sleeping_runner(tmp_path) as process:
         with pytest.raises(NotebookError, match="--run NAME"):
             run_notebooks(root=tmp_path)
-    finally:
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=40)
+        process.wait(timeout=60)
     left = {path.name for path in (tmp_path / "runs/demo/notebooks").iterdir()}
     assert left == {".lock"}
 

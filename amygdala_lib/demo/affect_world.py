@@ -22,6 +22,8 @@ from typing import Literal
 
 import yaml
 
+from ..corpus import Corpus, Text
+
 Split = Literal["train", "validation", "test"]
 Role = Literal["opening", "cue", "neutral", "colour", "turn", "anchor"]
 
@@ -160,6 +162,26 @@ class AffectWorld:
             Sentence(anchor, "anchor", state),
         )
         return Story(state, tuple(sentences))
+
+    def corpus(self, *, per_state: int = 40, seed: int = 1) -> Corpus:
+        """Stories as a corpus, for models that know only this world; `test` ones are held out."""
+        rng = random.Random(seed)
+        splits: dict[Split, list[Text]] = {"train": [], "test": []}
+        for split, texts in splits.items():
+            for state in self.states:
+                for _ in range(per_state):
+                    story = self.story(rng, state, split, turns=0).text
+                    path = f"{split}/{state}"
+                    texts.append(Text(story, "story", state, None, None, path))
+        return Corpus(
+            root=Path("affect_world"),
+            manifest={},
+            concepts=self.states,
+            entries=splits["train"],
+            neutral=[],
+            heldout=splits["test"],
+            min_positives=2,
+        )
 
     def _next(
         self,

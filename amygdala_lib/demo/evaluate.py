@@ -12,7 +12,6 @@ import random
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,7 +19,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from ..capture import Pool, capture
-from ..corpus import Corpus, Text
+from ..corpus import Corpus
 from ..directions import Directions, extract
 from ..models import LanguageModel
 from ..steering import steer
@@ -28,28 +27,6 @@ from .affect_world import AffectWorld, Sentence, Split
 
 NEW_TOKENS = 64
 BATCH = 64
-
-
-def world_corpus(world: AffectWorld, *, per_state: int = 40, seed: int = 1) -> Corpus:
-    """Stories as a corpus: training frames to extract from, test frames held out."""
-    rng = random.Random(seed)
-    splits: dict[Split, list[Text]] = {"train": [], "test": []}
-    for split, texts in splits.items():
-        for state in world.states:
-            for _ in range(per_state):
-                story = world.story(rng, state, split, turns=0)
-                texts.append(
-                    Text(story.text, "story", state, None, None, f"affect_world/{split}/{state}")
-                )
-    return Corpus(
-        root=Path("affect_world"),
-        manifest={},
-        concepts=world.states,
-        entries=splits["train"],
-        neutral=[],
-        heldout=splits["test"],
-        min_positives=2,
-    )
 
 
 def reading(

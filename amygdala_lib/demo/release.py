@@ -26,7 +26,7 @@ from . import evaluate
 from .affect_world import AffectWorld
 from .evaluate import SteeringPoint
 
-LAST_CHECKPOINTS = 4
+LAST_CHECKPOINTS = 3
 LAYERS = (1, 2, 3, 4)
 STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.8)
 GOAL_TARGET, GOAL_PERPLEXITY = 0.6, 2.0
@@ -38,7 +38,7 @@ def steers(table: pd.DataFrame) -> pd.Series:
 
 
 def directions_of(lm: LanguageModel, world: AffectWorld) -> Directions:
-    corpus = evaluate.world_corpus(world)
+    corpus = world.corpus()
     acts = capture(lm, corpus, range(len(lm.layers)), pool="mean", progress=False)
     return extract(acts, corpus)
 
@@ -88,7 +88,7 @@ def choose_point(lm: LanguageModel, dirs: Directions, world: AffectWorld) -> Ste
 
 def measure(lm: LanguageModel, world: AffectWorld, point: SteeringPoint) -> dict:
     """Every figure of the model card, on test frames; shares and ratios."""
-    corpus = evaluate.world_corpus(world)
+    corpus = world.corpus()
     layers = list(range(len(lm.layers)))
     mean = evaluate.reading(lm, corpus, pool="mean", layers=[-1, *layers])
     last = evaluate.reading(lm, corpus, pool="last", layers=layers)
@@ -209,13 +209,13 @@ def release(checkpoints: Path, out: Path = DEMO_FOLDER) -> None:
     # What is measured is what is bundled: bfloat16 weights, read as float32.
     lm.model.to(torch.bfloat16).to(torch.float32)
     point = choose_point(lm, directions_of(lm, world), world)
-    figures = measure(lm, world, point)
+    figures = _rounded(measure(lm, world, point))
     text = card(lm, world, figures)
 
     shutil.rmtree(out, ignore_errors=True)
     lm.tokenizer.save_pretrained(out)
     lm.model.to(torch.bfloat16).save_pretrained(out)
-    write_json(out / "evaluation.json", {**_rounded(figures), **provenance(checkpoint=chosen.name)})
+    write_json(out / "evaluation.json", {**figures, **provenance(checkpoint=chosen.name)})
     with replacing(out / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     print(text)

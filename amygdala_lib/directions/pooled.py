@@ -19,9 +19,9 @@ def pooled(acts: Float[Tensor, "texts hidden"], corpus: Corpus) -> Float[Tensor,
     Every text that is not a positive of a concept is one of its negatives, so the mean over
     negatives follows from the sum over all texts, whatever the number of concepts.
     """
-    # Taking one text off all changes no difference, spares float32 the large part they share, and
-    # leaves exactly nothing where they are all the same.
-    acts = acts - acts[0]
+    # Centring first changes no difference, spares float32 the large mean that all texts share, and
+    # leaves exactly nothing of a difference where they are all the same.
+    acts = acts - acts.mean(0)
     membership = torch.zeros(len(corpus.concepts), len(acts), dtype=acts.dtype, device=acts.device)
     for row, concept in enumerate(corpus.concepts):
         membership[row, corpus.positives(concept)] = 1
