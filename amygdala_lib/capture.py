@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,11 +14,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .artefacts import repository_root, write_tensors
+from .activation_cache import ActivationCache, Pooled
 from .corpus import Corpus
 from .errors import ModelError
 from .models import EMBEDDING, LanguageModel, check_layers, weight_hash
@@ -110,7 +107,7 @@ def capture(
         [_CACHE_VERSION, model_hash, str(lm.dtype), pool, skip if pool == "mean" else 0]
     )
     keys = [_text_key(setting, row) for row in rows]
-    store = _Store(None if _changed_by_hooks(lm.model) else cache, setting)
+    store = ActivationCache(None if _changed_by_hooks(lm.model) else cache, setting)
     found = store.find(keys, wanted)
     missing = [i for i, key in enumerate(keys) if key not in found]
     if missing:
@@ -198,14 +195,6 @@ class _Row(NamedTuple):
 
     ids: list[int]
     content: list[bool]
-
-
-class _Pooled(NamedTuple):
-    """What is kept of one text."""
-
-    values: dict[int, Tensor]
-    norm_sums: dict[int, float]
-    n_tokens: int
 
 
 def _check_arguments(
@@ -330,8 +319,8 @@ def _run(
     skip: int,
     batch_tokens: int,
     progress: bool,
-) -> list[_Pooled]:
-    results: list[_Pooled | None] = [None] * len(rows)
+) -> list[Pooled]:
+    results: list[Pooled | None] = [None] * len(rows)
     pad_id = lm.tokenizer.pad_token_id or 0
     bar = tqdm(
         total=sum(len(row.ids) for row in rows),
@@ -355,7 +344,7 @@ def _run(
 
 def _pool(
     stream: dict[int, Tensor], content: Bool[Tensor, "batch tokens"], pool: Pool, skip: int
-) -> list[_Pooled]:
+) -> list[Pooled]:
     """Reduce a batch to what is kept of each text, on the CPU in float32."""
     counts = content.sum(1)
     if pool == "mean":
@@ -378,7 +367,7 @@ def _pool(
                 tokens[keep].float().cpu() for tokens, keep in zip(hidden, here, strict=True)
             ]
     return [
-        _Pooled(
+        Pooled(
             {layer: rows[i].clone() for layer, rows in values.items()},
             {layer: sums[i].item() for layer, sums in norms.items()},
             int(counts[i]),
@@ -387,7 +376,7 @@ def _pool(
     ]
 
 
-def _refuse_overflow(lm: LanguageModel, fresh: list[_Pooled]) -> None:
+def _refuse_overflow(lm: LanguageModel, fresh: list[Pooled]) -> None:
     totals = [text.norm_sums for text in fresh]
     if wild := [n for n in totals[0] if not all(math.isfinite(total[n]) for total in totals)]:
         raise ModelError(
@@ -399,82 +388,3 @@ def _refuse_overflow(lm: LanguageModel, fresh: list[_Pooled]) -> None:
 def _text_key(setting: str, row: _Row) -> str:
     record = json.dumps([setting, row.ids, [int(c) for c in row.content]])
     return hashlib.sha256(record.encode()).hexdigest()[:32]
-
-
-class _Store:
-    """Pooled activations on disk: a folder per setting, a safetensors file per run that added some.
-
-    A file holds, for each layer, the values of its texts end to end, their norm sums, and in its
-    metadata the texts' keys and numbers of rows. Files are never changed.
-    """
-
-    def __init__(self, cache: Path | str | None, setting: str):
-        if cache == "default":
-            cache = os.environ.get("AMYGDALA_CACHE") or repository_root() / "runs" / "cache"
-        name = hashlib.sha256(setting.encode()).hexdigest()[:16]
-        self.folder = Path(cache) / name if cache is not None else None
-
-    def find(self, keys: list[str], layers: list[int]) -> dict[str, _Pooled]:
-        """Those of the texts that have every layer in one file."""
-        found: dict[str, _Pooled] = {}
-        if self.folder is None or not self.folder.is_dir():
-            return found
-        wanted = set(keys)
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    index = json.loads(file.metadata()["texts"])
-                    held = set(json.loads(file.metadata()["layers"]))
-                    useful = [text for text in index if text["key"] in wanted - found.keys()]
-                    if not useful or not held.issuperset(layers):
-                        continue
-                    values = {n: file.get_tensor(f"layer_{n}") for n in layers}
-                    norms = {n: file.get_tensor(f"layer_{n}.norms").tolist() for n in layers}
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-                warnings.warn(f"{path} is damaged ({error}): its texts are run again", stacklevel=3)
-                continue
-            for text in useful:
-                start, rows = text["start"], text["rows"]
-                found[text["key"]] = _Pooled(
-                    {
-                        layer: held_values[start : start + rows] if rows else held_values[start]
-                        for layer, held_values in values.items()
-                    },
-                    {layer: sums[text["number"]] for layer, sums in norms.items()},
-                    text["tokens"],
-                )
-        return found
-
-    def add(self, keys: list[str], pooled: list[_Pooled]) -> None:
-        if self.folder is None:
-            return
-        layers = list(pooled[0].values)
-        index, start = [], 0
-        for number, (key, text) in enumerate(zip(keys, pooled, strict=True)):
-            value = text.values[layers[0]]
-            rows = len(value) if value.ndim == 2 else 0  # 0: a single vector
-            index.append(
-                {
-                    "key": key,
-                    "number": number,
-                    "start": start,
-                    "rows": rows,
-                    "tokens": text.n_tokens,
-                }
-            )
-            start += rows or 1
-        tensors = {}
-        for layer in layers:
-            parts = [text.values[layer] for text in pooled]
-            tensors[f"layer_{layer}"] = (
-                torch.cat(parts) if parts[0].ndim == 2 else torch.stack(parts)
-            )
-            tensors[f"layer_{layer}.norms"] = torch.tensor(
-                [text.norm_sums[layer] for text in pooled], dtype=torch.float64
-            )
-        name = hashlib.sha256(json.dumps([keys, layers]).encode()).hexdigest()[:16]
-        write_tensors(
-            self.folder / f"{name}.safetensors",
-            tensors,
-            {"texts": json.dumps(index), "layers": json.dumps(layers)},
-        )

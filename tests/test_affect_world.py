@@ -128,3 +128,14 @@ def test_states_are_concepts_of_the_corpus_with_the_same_signs():
         concept = manifest["concepts"][state]
         for axis in ("valence", "arousal"):
             assert entry[axis] * concept[axis] >= 0, f"{state}: {axis} points the other way"
+
+
+def test_as_a_corpus_it_is_labelled_and_its_test_stories_are_held_out():
+    corpus = world.corpus(per_state=3)
+    assert corpus.concepts == world.states
+    assert (
+        corpus.counts()["total"] == 3
+    ).all() and f"{len(world.states)} concepts" in corpus.summary()
+    assert len(corpus.heldout) == 3 * len(world.states)
+    assert not {text.text for text in corpus.heldout} & set(corpus.texts)
+    assert world.corpus(per_state=3).hash == corpus.hash != world.corpus(per_state=3, seed=2).hash

@@ -121,8 +121,9 @@ def test_nested_blocks_add_up(loaded, directions_of, first, second):
 @pytest.mark.parametrize("strengths", [{}, {"calm": 0.0}, {"calm": 0, "proud": -0.0}])
 def test_no_strength_changes_no_bit(causal_lm, directions_of, strengths):
     ids = ids_of(causal_lm)
-    before = logits(causal_lm, ids)
-    with steer(causal_lm, directions_of(causal_lm), strengths):
+    dirs, before, hooks = directions_of(causal_lm), logits(causal_lm, ids), n_hooks(causal_lm)
+    with steer(causal_lm, dirs, strengths):
+        assert n_hooks(causal_lm) == hooks
         assert torch.equal(logits(causal_lm, ids), before)
 
 

@@ -22,7 +22,7 @@ from typing import Literal
 
 import yaml
 
-from ..corpus import Corpus, Text
+from ..corpus import Concept, Corpus, Text
 
 Split = Literal["train", "validation", "test"]
 Role = Literal["opening", "cue", "neutral", "colour", "turn", "anchor"]
@@ -175,13 +175,20 @@ class AffectWorld:
                     texts.append(Text(story, "story", state, None, None, path))
         return Corpus(
             root=Path("affect_world"),
-            manifest={},
+            manifest={state: self._concept(state) for state in self.states},
             concepts=self.states,
             entries=splits["train"],
             neutral=[],
             heldout=splits["test"],
             min_positives=2,
         )
+
+    def _concept(self, state: str) -> Concept:
+        valence, arousal = (self.grammar["states"][state][axis] for axis in ("valence", "arousal"))
+        pleasant = {1: "pleasant", 0: "neither pleasant nor not", -1: "unpleasant"}[valence]
+        cluster = f"{pleasant}, {'roused' if arousal > 0 else 'quiet'}"
+        gloss = "a state of the affect world"
+        return Concept(state, gloss, cluster, ("affect_world",), float(valence), float(arousal), ())
 
     def _next(
         self,

@@ -321,18 +321,18 @@ def table(figures: dict[str, Any]) -> str:
     """Median seconds of every case, then the comparisons, then the cosines."""
     lines = [f"\n{'seconds':>10}  case"]
     lines += [f"{median(taken):>10.3f}  {name}" for name, taken in figures["seconds"].items()]
-    lines.append(f"\n{'ratio':>10}  {'(range)':<16}{'goal':<20}comparison")
+    lines.append(f"\n{'ratio':>10}  {'(range)':<18}{'goal':<22}comparison")
     for found in figures["comparisons"]:
         spread = f"({found['lowest']:.3g}-{found['highest']:.3g})"
         goal = f"{found['goal']}: {'met' if found['met'] else 'MISSED'}" if "goal" in found else ""
         cases = f"{found['case']} / {found['to']}"
-        lines.append(f"{found['ratio']:>10.3f}  {spread:<16}{goal:<20}{cases}")
-    lines.append(f"\n{'cosine':>10}  {'goal':<36}pooled and steering-vectors' mean, same pairs")
+        lines.append(f"{found['ratio']:>10.3f}  {spread:<18}{goal:<22}{cases}")
+    lines.append(f"\n{'cosine':>10}  {'goal':<40}pooled and steering-vectors' mean, same pairs")
     for layer, found in figures["cosines"].items():
         verdict = "met" if found["lowest"] >= found["goal"] else "MISSED"
         goal = f"at least {found['goal']}: {verdict}"
         where = f"layer {layer}, lowest: {found['concept']}"
-        lines.append(f"{found['lowest']:>10.7f}  {goal:<36}{where}")
+        lines.append(f"{found['lowest']:>10.7f}  {goal:<40}{where}")
     return "\n".join(lines)
 
 
