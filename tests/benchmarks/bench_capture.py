@@ -98,7 +98,8 @@ def measure(
         return amy.capture(lm, corpus, layers, pool=pool, cache=cache, progress=False)
 
     with recorded_inputs(lm) as batches:
-        read(cache=cache)
+        read()
+    read(cache=cache)  # not above: a model with hooks on it is not cached
 
     def theirs(pairs: Pairs, batch_size: int) -> dict[int, Tensor]:
         return train(lm, pairs, layers, batch_size)
