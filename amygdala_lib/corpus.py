@@ -8,7 +8,7 @@ import textwrap
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +24,31 @@ from .corpus_files import (
     white_space_normalised,
 )
 from .errors import CorpusError
+from .memory_graph import TrainingPair, from_memory_graph
 
 if TYPE_CHECKING:
     import pandas as pd
+
+__all__ = [
+    "Concept",
+    "Corpus",
+    "Preflight",
+    "Text",
+    "TrainingPair",
+    "from_memory_graph",
+    "load_corpus",
+    "preflight",
+]
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """Labelled texts, ready to be run through a model once each.
 
-    Every concept named in `entries` and `heldout` is one of `concepts`; texts of concepts with
-    fewer than `min_positives` texts are left out of both.
+    Every concept named in `entries`, `heldout` and `hard_negatives` is one of `concepts`; texts of
+    concepts with fewer than `min_positives` texts are left out of all three. The `concept` of a
+    hard negative is the one it could be taken for and is not: the state negated, its word only
+    mentioned, or the state observed in somebody else.
     """
 
     root: Path
@@ -44,6 +58,7 @@ class Corpus:
     neutral: list[str]
     heldout: list[Text]
     min_positives: int
+    hard_negatives: list[Text] = field(default_factory=list)
 
     @cached_property
     def texts(self) -> list[str]:
@@ -55,7 +70,7 @@ class Corpus:
         """SHA-256 (hex) over all texts and labels, whatever folder the corpus lies in."""
         splits = [
             [[t.text, t.kind, t.concept, t.scenario, t.version] for t in split]
-            for split in (self.entries, self.heldout)
+            for split in (self.entries, self.heldout, self.hard_negatives)
         ]
         record = json.dumps([self.concepts, *splits, self.neutral])
         return hashlib.sha256(record.encode()).hexdigest()
@@ -141,7 +156,8 @@ class Corpus:
             f"{len(self.concepts)} concepts in {len(clusters)} clusters: "
             f"{len(self.texts)} texts ({len(conceptless)} without a concept, {len(scenarios)} "
             f"paired scenarios), {words:,} words; {len(self.neutral)} neutral, "
-            f"{len(self.heldout)} held out; hash {self.hash[:8]}"
+            f"{len(self.heldout)} held out, {len(self.hard_negatives)} hard negatives; "
+            f"hash {self.hash[:8]}"
         )
 
 
@@ -203,6 +219,7 @@ def preflight(path: str | Path = "corpus", *, min_positives: int = 2) -> Preflig
             neutral=[text.text for text in files.neutral],
             heldout=files.heldout,
             min_positives=min_positives,
+            hard_negatives=files.hard_negatives,
         )
     )
     if dropped:
@@ -243,6 +260,7 @@ def _drop_thin(corpus: Corpus) -> tuple[Corpus, dict[str, int]]:
         concepts=kept,
         entries=[entry for entry in corpus.entries if entry.concept in known],
         heldout=[text for text in corpus.heldout if text.concept in known],
+        hard_negatives=[text for text in corpus.hard_negatives if text.concept in known],
     )
     return thinned, {name: n for name, n in number.items() if name not in known}
 

@@ -13,11 +13,13 @@ from typing import Literal
 
 import yaml
 
-Kind = Literal["story", "direct", "paired", "neutral"]
+Kind = Literal["story", "direct", "paired", "neutral", "negated", "mentioned", "observed"]
 KINDS: tuple[Kind, ...] = ("story", "direct", "paired")
-_KIND_OF_FOLDER: dict[str, Kind] = {"stories": "story", "direct": "direct"}
+HARD_KINDS: tuple[Kind, ...] = ("negated", "mentioned", "observed")
+_POSITIVES: dict[str, Kind] = {"stories": "story", "direct": "direct"}
+_HARD_NEGATIVES: dict[str, Kind] = {kind: kind for kind in HARD_KINDS}
 _FOLDERS = {"stories", "direct", "paired", "neutral", "heldout"}
-_FILES = {"manifest.yaml", "LICENSE"}
+_FILES = {"manifest.yaml", "LICENSE", "memory_graph_example.jsonl"}
 _SNAKE_CASE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
 
@@ -25,7 +27,8 @@ _SNAKE_CASE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 class Concept:
     """One emotion or cognitive state, as `manifest.yaml` describes it.
 
-    `valence` and `arousal` lie in [-1, 1]; `near` names concepts it is easily taken for.
+    `valence` and `arousal` lie in [-1, 1]; `near` names concepts it is easily taken for; `family`
+    lists words of its word family that a stemmer does not find (pride for proud).
     """
 
     name: str
@@ -35,6 +38,7 @@ class Concept:
     valence: float
     arousal: float
     near: tuple[str, ...]
+    family: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,12 +125,15 @@ _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
     "valence": (_in_unit_range, "a number from -1 to 1"),
     "arousal": (_in_unit_range, "a number from -1 to 1"),
     "near": (_is_texts, "a list of concepts, [] if none"),
+    "family": (_is_texts, "a list of words of the same family, or leave it out"),
 }
+_OPTIONAL = {"family": []}
 
 
 class CorpusFiles:
-    """What a corpus folder holds: `manifest`, `entries`, `neutral`, `heldout`, in a fixed order.
+    """What a corpus folder holds: `manifest`, `entries`, `neutral`, `heldout`, `hard_negatives`.
 
+    All in a fixed order.
     `problems` and `warnings` name every faulty file; none of them stops the reading.
     """
 
@@ -139,8 +146,19 @@ class CorpusFiles:
         self.manifest = self._read_manifest()
         self.entries = [*self._by_concept(root), *self._paired()]
         self.neutral = self._neutral()
-        self.heldout = self._by_concept(root / "heldout")
-        self.problems += _repetitions(self.entries, self.neutral, self.heldout)
+        heldout = root / "heldout"
+        folders = {**_POSITIVES, **_HARD_NEGATIVES}
+        self._list(heldout, lambda p: p.is_dir() and p.name in folders)
+        self.heldout = self._by_concept(heldout)
+        self.hard_negatives = self._by_concept(heldout, _HARD_NEGATIVES)
+        self.problems += _repetitions(
+            self.entries, self.neutral, [*self.heldout, *self.hard_negatives]
+        )
+
+    @property
+    def texts(self) -> list[Text]:
+        """Every text of the folder, whatever its role."""
+        return [*self.entries, *self.neutral, *self.heldout, *self.hard_negatives]
 
     def _read_manifest(self) -> dict[str, Concept]:
         """Concepts whose fields are right, in file order."""
@@ -185,6 +203,7 @@ class CorpusFiles:
                     valence=float(fields["valence"]),
                     arousal=float(fields["arousal"]),
                     near=tuple(fields["near"]),
+                    family=tuple(fields.get("family", ())),
                 )
         return manifest
 
@@ -197,7 +216,7 @@ class CorpusFiles:
             if field not in _FIELDS
         ]
         for field, (is_right, expected) in _FIELDS.items():
-            value = fields.get(field)
+            value = fields.get(field, _OPTIONAL.get(field))
             if value is None:
                 wrong.append(f"{field} is missing: give {expected}")
             elif not is_right(value):
@@ -214,13 +233,11 @@ class CorpusFiles:
                 ]
         return wrong
 
-    def _by_concept(self, folder: Path) -> list[Text]:
-        """Texts of stories/ and direct/ in `folder`, which is the corpus itself or heldout/."""
-        if folder != self.root:
-            self._list(folder, lambda p: p.is_dir() and p.name in _KIND_OF_FOLDER)
+    def _by_concept(self, folder: Path, kinds: dict[str, Kind] = _POSITIVES) -> list[Text]:
+        """Texts of stories/ and direct/ (or what `kinds` names) in the corpus or its heldout/."""
         return [
             Text(text, kind, concept, None, None, self._relative(file))
-            for name, kind in _KIND_OF_FOLDER.items()
+            for name, kind in kinds.items()
             for file in self._text_files(folder / name)
             for concept in [self._concept(file)]
             for text in self._texts(file)
