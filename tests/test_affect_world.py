@@ -62,19 +62,18 @@ def test_half_of_a_story_is_cues_after_the_opening():
     assert 0.45 < share < 0.55
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "manner"])
 def test_held_out_frames_and_phrases_are_not_in_training(kind):
     def spelled(templates):
         from amygdala_lib.demo.affect_world import _expand
 
-        return {text for t in templates for p in ("she", "i") for text in _expand(t, p, True)}
+        return {text for t in templates for p in ("she", "i") for text in _expand(t, p)}
 
-    frames = world.grammar["frames"][kind]
-    assert not spelled(frames["train"]) & (spelled(frames["validation"]) | spelled(frames["test"]))
-    assert not spelled(frames["validation"]) & spelled(frames["test"])
-    for entry in world.grammar["states"].values():
-        train, validation, test = (spelled(entry[kind][s]) for s in ("train", "validation", "test"))
-        assert not train & (validation | test) and not validation & test
+    entries = [entry[kind] for entry in world.grammar["states"].values()]
+    for group in [*entries, world.grammar["frames"].get(kind)]:
+        if group:
+            train, validation, test = (spelled(group[s]) for s in ("train", "validation", "test"))
+            assert not train & (validation | test) and not validation & test
 
 
 def test_names_and_places_are_held_out():
@@ -90,6 +89,8 @@ def test_names_and_places_are_held_out():
         "Her hands shook",
         "her hands shook.",
         "Her knees shone.",
+        "her knees shook.",
+        "Trembling, she danced around the table.",
         "I feel purple.",
         "He said, “Lock it, quick.”",
         "",

@@ -90,11 +90,12 @@ def test_it_stays_in_the_state_of_a_cue(lm, figures):
 def test_pushing_it_toward_a_state_makes_it_write_that_state(lm, figures):
     world = AffectWorld()
     dirs = release.directions_of(lm, world)
-    point = SteeringPoint(figures["steering"]["layer"], figures["steering"]["strength"])
+    reported = figures["steering"]["states"]
     states = ["afraid", "happy", "calm"]
-    steered = evaluate.steering(lm, dirs, world, "test", point, states=states, per_state=8)
+    points = {s: SteeringPoint(reported[s]["layer"], reported[s]["strength"]) for s in states}
+    steered = evaluate.steering(lm, dirs, world, "test", points, states=states, per_state=8)
     control = evaluate.steering(
-        lm, evaluate.random_directions(dirs), world, "test", point, states=states, per_state=8
+        lm, evaluate.random_directions(dirs), world, "test", points, states=states, per_state=8
     )
     assert steered["target"].mean() > 0.4 > control["target"].mean()
 

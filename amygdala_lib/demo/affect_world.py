@@ -28,13 +28,14 @@ Split = Literal["train", "validation", "test"]
 Role = Literal["opening", "cue", "neutral", "colour", "turn", "anchor"]
 
 KINDS = ("body", "action", "thought", "speech")
+HOLES = {"x": "\0", "m": "\1"}  # the phrase and the manner of a frame
 PRONOUNS = {
     "she": {"S": "She", "s": "she", "P": "Her", "p": "her", "o": "her"},
     "he": {"S": "He", "s": "he", "P": "His", "p": "his", "o": "him"},
     "i": {"S": "I", "s": "I", "P": "My", "p": "my", "o": "me"},
 }
 _CHOICE = re.compile(r"\(([^()]*)\)")
-_SLOT = re.compile(r"<(\w[,.]?|place|state)>")
+_SLOT = re.compile(r"<(\w[,.]?)>")
 # A spoken question ends in ?" and its sentence may go on: `"Where is it?" I said.`
 _SENTENCE_END = re.compile(r"""(?:(?<=[.?])|(?<=[.?]"))\s+(?=["A-Z])(?!I (?:said|told)(?!,))""")
 
@@ -54,6 +55,16 @@ class Sentence:
     text: str
     role: Role
     state: str | None = None
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A cue frame as it is recognised: its holes in order, and the first letter's case."""
+
+    pattern: re.Pattern
+    person: str
+    holes: tuple[str, ...]
+    opens_with_hole: bool
 
 
 @dataclass(frozen=True)
@@ -87,17 +98,19 @@ class AffectWorld:
         )
 
     def opening(self, rng: random.Random, narrator: Narrator, place: str) -> Sentence:
-        template = rng.choice(self.grammar["openings"]).replace("<place>", place)
+        template = _placed(rng.choice(self.grammar["openings"]), place)
         return Sentence(self._write(rng, template, narrator), "opening")
 
     def cue(
         self, rng: random.Random, state: str, narrator: Narrator, split: Split = "train"
     ) -> Sentence:
-        """A sentence that can only be said in `state`; both frame and phrase come from `split`."""
+        """A sentence that can only be said in `state`, all of whose parts are of `split`."""
         kind = rng.choice(KINDS)
-        phrase = rng.choice(self.grammar["states"][state][kind][split])
         frame = rng.choice(self.grammar["frames"][kind][split])
-        return Sentence(self._write(rng, frame, narrator, split, phrase), "cue", state)
+        entry = self.grammar["states"][state]
+        holes = {"x": rng.choice(entry[kind][split]), "m": rng.choice(entry["manner"][split])}
+        text = self._write(rng, frame, narrator, split, holes)
+        return Sentence(_capitalised(text), "cue", state)
 
     def neutral(
         self, rng: random.Random, narrator: Narrator, place: str, split: Split = "train"
@@ -220,12 +233,12 @@ class AffectWorld:
         template: str,
         narrator: Narrator,
         split: Split = "train",
-        phrase: str = "",
+        holes: dict[str, str] | None = None,
     ) -> str:
         def fill(match: re.Match) -> str:
             slot = match[1]
-            if slot[0] == "x":
-                return _spoken(self._write(rng, phrase, narrator, split), slot)
+            if slot[0] in HOLES:
+                return _spoken(self._write(rng, holes[slot[0]], narrator, split), slot)
             if slot == "N":
                 return narrator.name
             if slot == "q":
@@ -234,9 +247,7 @@ class AffectWorld:
             return PRONOUNS[narrator.person][slot]
 
         chosen = _CHOICE.sub(lambda match: rng.choice(match[1].split("|")), template)
-        text = _SLOT.sub(fill, chosen)
-        # A phrase keeps its own case; a sentence that opens with one is capitalised.
-        return text[0].upper() + text[1:] if phrase else text
+        return _SLOT.sub(fill, chosen)
 
     # Recognising
 
@@ -246,18 +257,18 @@ class AffectWorld:
         if key in self._fixed:
             role, state = self._fixed[key]
             return Sentence(sentence, role, state)
-        for kind, pattern, opens, person in self._frames:
-            match = pattern.fullmatch(key)
+        for frame in self._frames:
+            match = frame.pattern.fullmatch(key)
             if not match:
                 continue
-            phrase = match[1]
-            if opens:
-                if phrase[0].islower():
-                    continue
-                phrase = phrase[0].lower() + phrase[1:]
-            state = self._phrases[kind, person].get(phrase)
-            if state:
-                return Sentence(sentence, "cue", state)
+            told = {
+                self._phrases[hole, frame.person, frame.opens_with_hole and not index].get(phrase)
+                for index, (hole, phrase) in enumerate(
+                    zip(frame.holes, match.groups(), strict=True)
+                )
+            }
+            if len(told) == 1 and None not in told:
+                return Sentence(sentence, "cue", told.pop())
         return None
 
     def read(self, text: str) -> list[Sentence | None]:
@@ -280,7 +291,7 @@ class AffectWorld:
         grammar, fixed = self.grammar, {}
         places = [place for split in grammar["places"].values() for place in split]
         for opening, place in product(grammar["openings"], places):
-            fixed |= self._all(opening.replace("<place>", place), "opening")
+            fixed |= self._all(_placed(opening, place), "opening")
         local = [templates for split in grammar["places"].values() for templates in split.values()]
         for template in (t for group in [*local, *grammar["neutral"].values()] for t in group):
             fixed |= self._all(template, "neutral")
@@ -298,29 +309,34 @@ class AffectWorld:
         return {text: (role, None) for person in PRONOUNS for text in _expand(template, person)}
 
     @cached_property
-    def _phrases(self) -> dict[tuple[str, str], dict[str, str]]:
-        """For each kind and person: every phrase the grammar can form, and its state."""
-        table: dict = {(kind, person): {} for kind in KINDS for person in PRONOUNS}
+    def _phrases(self) -> dict[tuple[str, str, bool], dict[str, str]]:
+        """Every phrase the grammar can form, and its state: by kind, by person, and by whether the
+        phrase opens its sentence and is capitalised."""
+        table: dict = {key: {} for key in product((*KINDS, "manner"), PRONOUNS, (False, True))}
         for state, entry in self.grammar["states"].items():
-            for kind, person in table:
+            for kind, person, opens in table:
                 for template in (t for split in entry[kind].values() for t in split):
                     for phrase in _expand(template, person):
-                        slots = (",", ".") if kind == "speech" else ("",)
-                        for slot in slots:
-                            key = _spoken(phrase, "x" + slot)
-                            if table[kind, person].setdefault(key, state) != state:
-                                owner = table[kind, person][key]
+                        for slot in (",", ".") if kind == "speech" else ("",):
+                            spoken = _spoken(phrase, "x" + slot)
+                            key = _capitalised(spoken) if opens else spoken
+                            owner = table[kind, person, opens].setdefault(key, state)
+                            if owner != state:
                                 raise ValueError(f"{key!r} is said by both {owner} and {state}")
         return table
 
     @cached_property
-    def _frames(self) -> list[tuple[str, re.Pattern, bool, str]]:
+    def _frames(self) -> list[Frame]:
         frames = []
         for kind, person in product(KINDS, PRONOUNS):
+            kinds = {HOLES["x"]: kind, HOLES["m"]: "manner"}
             for template in (t for split in self.grammar["frames"][kind].values() for t in split):
-                for frame in _expand(template, person, keep_phrase=True):
-                    pattern = re.compile(re.escape(frame).replace("\0", "(.+)"))
-                    frames.append((kind, pattern, frame.startswith("\0"), person))
+                for frame in _expand(template, person):
+                    pattern = re.escape(_capitalised(frame))
+                    for hole in kinds:
+                        pattern = pattern.replace(hole, "(.+)")
+                    holes = tuple(kinds[letter] for letter in frame if letter in kinds)
+                    frames.append(Frame(re.compile(pattern), person, holes, frame[0] in kinds))
         return frames
 
 
@@ -335,13 +351,19 @@ def _spoken(phrase: str, slot: str) -> str:
     return phrase if phrase.endswith("?") else phrase + slot[1:]
 
 
-def _expand(template: str, person: str, keep_phrase: bool = False) -> Iterator[str]:
-    """Every sentence a template stands for, names written as @ (and the phrase as a NUL)."""
+def _placed(opening: str, place: str) -> str:
+    """An opening at a place; `place` comes with its preposition."""
+    return opening.replace("<the place>", place.partition(" ")[2]).replace("<place>", place)
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _expand(template: str, person: str) -> Iterator[str]:
+    """Every sentence a template stands for: names written as @, holes as their control letter."""
     parts = _CHOICE.split(template)
-    words = PRONOUNS[person] | {"N": "I" if person == "i" else "@", "q": "@"}
+    words = PRONOUNS[person] | {"N": "I" if person == "i" else "@", "q": "@"} | HOLES
     options = [part.split("|") if index % 2 else [part] for index, part in enumerate(parts)]
     for choice in product(*options):
-        yield _SLOT.sub(
-            lambda match: "\0" if keep_phrase and match[1][0] == "x" else words[match[1]],
-            "".join(choice),
-        )
+        yield _SLOT.sub(lambda match: words[match[1].rstrip(",.")], "".join(choice))

@@ -222,7 +222,7 @@ def self_report(
     lm: LanguageModel,
     dirs: Directions,
     world: AffectWorld,
-    point: SteeringPoint | None,
+    points: dict[str, SteeringPoint] | None,
     *,
     seed: int = 5,
 ) -> pd.Series:
@@ -235,8 +235,8 @@ def self_report(
     ranks = {}
     for state in world.states:
         push = (
-            steer(lm, dirs, {state: point.strength}, layers=[point.layer])
-            if point
+            steer(lm, dirs, {state: points[state].strength}, layers=[points[state].layer])
+            if points
             else nullcontext()
         )
         with push:

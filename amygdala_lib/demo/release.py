@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from .affect_world import AffectWorld
 from .evaluate import SteeringPoint
 
 LAST_CHECKPOINTS = 3
-LAYERS = (1, 2, 3, 4)
-STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.8)
+LAYERS = (1, 2, 3)
+STRENGTHS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7)
 GOAL_TARGET, GOAL_PERPLEXITY = 0.6, 2.0
+SAFE_PERPLEXITY = 1.8  # chosen below the goal, for what is chosen on few prompts regresses
 
 
 def steers(table: pd.DataFrame) -> pd.Series:
@@ -51,7 +53,7 @@ def choose_checkpoint(folders: list[Path], world: AffectWorld) -> Path:
         seen = evaluate.carry(lm, world, "train", per_state=8).mean()
         unseen = evaluate.carry(lm, world, "validation", per_state=8).mean()
         steered = evaluate.steering(
-            lm, directions_of(lm, world), world, "validation", SteeringPoint(2, 0.5), per_state=8
+            lm, directions_of(lm, world), world, "validation", SteeringPoint(2, 0.7), per_state=8
         )
         score = seen + unseen + steered["target"].mean()
         tqdm.write(
@@ -63,39 +65,47 @@ def choose_checkpoint(folders: list[Path], world: AffectWorld) -> Path:
     return best
 
 
-def choose_point(lm: LanguageModel, dirs: Directions, world: AffectWorld) -> SteeringPoint:
-    """The layer and strength at which most states steer on validation prompts.
+def choose_points(
+    lm: LanguageModel, dirs: Directions, world: AffectWorld
+) -> dict[str, SteeringPoint]:
+    """One layer for all states and a strength for each, by what they write on validation prompts.
 
-    The layer is chosen at the middle strength, then the strength at that layer.
+    The layer is the one where most states steer at the middle strength. A state's strength, as a
+    user with a slider would set it, is the one with the largest target share among those whose
+    perplexity ratio is safe, or the weakest if none is.
     """
 
-    def score(point: SteeringPoint) -> tuple[float, float]:
-        table = evaluate.steering(lm, dirs, world, "validation", point)
-        counted = steers(table).mean(), table["target"].mean()
+    def steered(layer: int, strength: float) -> pd.DataFrame:
+        table = evaluate.steering(lm, dirs, world, "validation", SteeringPoint(layer, strength))
         tqdm.write(
-            f"layer {point.layer} at {point.strength}: {counted[0]:.2f} of the states steer, "
-            f"target share {counted[1]:.2f}, perplexity x{table['perplexity'].median():.2f}"
+            f"layer {layer} at {strength}: {steers(table).mean():.2f} of the states steer, "
+            f"target share {table['target'].mean():.2f}, "
+            f"perplexity x{table['perplexity'].median():.2f}"
         )
-        return counted
+        return table
 
     middle = STRENGTHS[len(STRENGTHS) // 2]
-    at_middle = {layer: score(SteeringPoint(layer, middle)) for layer in LAYERS}
-    layer = max(at_middle, key=at_middle.get)
-    others = {s: score(SteeringPoint(layer, s)) for s in STRENGTHS if s != middle}
-    strengths = others | {middle: at_middle[layer]}
-    return SteeringPoint(layer, max(strengths, key=strengths.get))
+    by_layer = {layer: steered(layer, middle) for layer in LAYERS}
+    layer = max(by_layer, key=lambda i: (steers(by_layer[i]).mean(), by_layer[i]["target"].mean()))
+    tables = {s: by_layer[layer] if s == middle else steered(layer, s) for s in STRENGTHS}
+    points = {}
+    for state in world.states:
+        safe = [s for s in STRENGTHS if tables[s].loc[state, "perplexity"] <= SAFE_PERPLEXITY]
+        strength = max(safe or STRENGTHS[:1], key=lambda s: tables[s].loc[state, "target"])
+        points[state] = SteeringPoint(layer, strength)
+    return points
 
 
-def measure(lm: LanguageModel, world: AffectWorld, point: SteeringPoint) -> dict:
+def measure(lm: LanguageModel, world: AffectWorld, points: dict[str, SteeringPoint]) -> dict:
     """Every figure of the model card, on test frames; shares and ratios."""
     corpus = world.corpus()
     layers = list(range(len(lm.layers)))
     mean = evaluate.reading(lm, corpus, pool="mean", layers=[-1, *layers])
     last = evaluate.reading(lm, corpus, pool="last", layers=layers)
     dirs = directions_of(lm, world)
-    steered = evaluate.steering(lm, dirs, world, "test", point, per_state=32)
+    steered = evaluate.steering(lm, dirs, world, "test", points, per_state=32)
     control = evaluate.steering(
-        lm, evaluate.random_directions(dirs), world, "test", point, per_state=32
+        lm, evaluate.random_directions(dirs), world, "test", points, per_state=32
     )
     return {
         "reading": {
@@ -114,13 +124,11 @@ def measure(lm: LanguageModel, world: AffectWorld, point: SteeringPoint) -> dict
             for split in ("train", "test")
         },
         "steering": {
-            "layer": point.layer,
-            "strength": point.strength,
             "states": steered.to_dict("index"),
             "random_directions": control.to_dict("index"),
         },
         "self_report": {
-            "steered": evaluate.self_report(lm, dirs, world, point).to_dict(),
+            "steered": evaluate.self_report(lm, dirs, world, points).to_dict(),
             "unsteered": evaluate.self_report(lm, dirs, world, None).to_dict(),
         },
     }
@@ -134,7 +142,7 @@ def card(lm: LanguageModel, world: AffectWorld, figures: dict) -> str:
     control = pd.DataFrame.from_dict(steering["random_directions"], orient="index")
     ranks = {name: pd.Series(ranks) for name, ranks in figures["self_report"].items()}
     table = pd.DataFrame({"seen cue": carry["train"], "held-out cue": carry["test"]}).join(
-        steered.drop(columns=["layer", "strength"])
+        steered.drop(columns=["layer"])
     )
     return (
         Path(__file__)
@@ -153,7 +161,9 @@ def card(lm: LanguageModel, world: AffectWorld, figures: dict) -> str:
             embedding=reading["mean"]["-1"],
             carry_seen=table["seen cue"].mean(),
             carry_unseen=table["held-out cue"].mean(),
-            steering=steering,
+            steering_layer=steered["layer"].iloc[0],
+            weakest=steered["strength"].min(),
+            strongest=steered["strength"].max(),
             steered=int(steers(steered).sum()),
             goal_target=GOAL_TARGET,
             goal_perplexity=GOAL_PERPLEXITY,
@@ -188,8 +198,8 @@ def ten_stories(lm: LanguageModel, world: AffectWorld, seed: int = 10) -> str:
     written = evaluate.write(lm, prompts, seed=seed, new_tokens=80)
     stories = []
     for prompt, text in zip(prompts, written, strict=True):
-        end = max(text.rfind(mark) for mark in (". ", '." ', ".", '."')) + 1
-        stories.append(f"> **{prompt}**{text[:end].rstrip()}")
+        finished = re.match(r'.*[.?]"?(?=\s|$)', text, re.DOTALL)
+        stories.append(f"> **{prompt}**{finished[0] if finished else ''}")
     return "\n\n".join(stories)
 
 
@@ -208,8 +218,8 @@ def release(checkpoints: Path, out: Path = DEMO_FOLDER) -> None:
     lm = load_model(chosen)
     # What is measured is what is bundled: bfloat16 weights, read as float32.
     lm.model.to(torch.bfloat16).to(torch.float32)
-    point = choose_point(lm, directions_of(lm, world), world)
-    figures = _rounded(measure(lm, world, point))
+    points = choose_points(lm, directions_of(lm, world), world)
+    figures = _rounded(measure(lm, world, points))
     text = card(lm, world, figures)
 
     shutil.rmtree(out, ignore_errors=True)
