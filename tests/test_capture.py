@@ -27,9 +27,9 @@ def read(lm, texts, layers=LAYERS, **options):
     return capture(lm, texts, layers, **{"cache": None, "progress": False, **options})
 
 
-def reference(lm, texts):
-    """For each text and layer, (content tokens, hidden) in float64 from a forward of its own."""
-    model = copy.deepcopy(lm.model).double()
+def reference(lm, texts, dtype=torch.float64):
+    """For each text and layer, (content tokens, hidden) from a forward of its own."""
+    model = copy.deepcopy(lm.model).to(dtype)
     model.set_experts_implementation("eager")  # the faster one has no float64
     special = set(lm.tokenizer.all_special_ids)
     found = []
@@ -42,9 +42,23 @@ def reference(lm, texts):
     return found
 
 
-def distance(a, b):
+def rounding(lm, texts, expected):
+    """How far float32 takes a plain forward of one text from float64, at worst.
+
+    A random Qwen3-Next amplifies it more on one processor than on another.
+    """
+    plain = reference(lm, texts, torch.float32)
+    return max(
+        distance(one[layer], other[layer])
+        for one, other in zip(plain, expected, strict=True)
+        for layer in LAYERS
+    )
+
+
+def distance(a, b, of=None):
+    """Largest difference as a share of the largest value in b, or in `of`, which b sums up."""
     a, b = a.double(), b.double()
-    return ((a - b).abs().max() / b.abs().max()).item()
+    return ((a - b).abs().max() / (b if of is None else of).abs().max()).item()
 
 
 def n_hooks(lm):
@@ -82,16 +96,17 @@ def copied(lm, dtype=torch.float32):
 def test_each_pool_reads_the_texts_own_tokens_as_a_plain_forward_has_them(any_lm, texts):
     some = texts[:8]
     expected = reference(any_lm, some)
+    close = max(CLOSE, 2 * rounding(any_lm, some, expected))
     last, mean, tokens = (read(any_lm, some, pool=pool) for pool in ("last", "mean", "tokens"))
     for layer in LAYERS:
         for row, states in enumerate(expected):
-            assert distance(last[layer][row], states[layer][-1]) < CLOSE
-            assert distance(mean[layer][row], states[layer].mean(0)) < CLOSE
+            assert distance(last[layer][row], states[layer][-1]) < close
+            assert distance(mean[layer][row], states[layer].mean(0), of=states[layer]) < close
             assert tokens[layer][row].shape == states[layer].shape
-            assert distance(tokens[layer][row], states[layer]) < CLOSE
+            assert distance(tokens[layer][row], states[layer]) < close
         lengths = torch.cat([states[layer].norm(dim=-1) for states in expected])
         for acts in (last, mean, tokens):
-            assert acts.residual_norms[layer] == pytest.approx(lengths.mean().item(), rel=CLOSE)
+            assert acts.residual_norms[layer] == pytest.approx(lengths.mean().item(), rel=close)
 
 
 @pytest.mark.parametrize(("family", "added"), [("bert", 2), ("llama", 1)])
@@ -110,7 +125,7 @@ def test_mean_passes_over_the_first_tokens_unless_there_are_no_more(lm, texts, s
     assert min(lengths) <= 3 and max(lengths) > 50
     for row, states in enumerate(tokens[2]):
         kept = states[skip:] if len(states) > skip else states
-        assert distance(mean[2][row], kept.mean(0)) < CLOSE
+        assert distance(mean[2][row], kept.mean(0), of=kept) < CLOSE
 
 
 def test_the_last_layer_is_read_before_the_final_norm(causal_lm):
