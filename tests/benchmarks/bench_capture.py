@@ -58,6 +58,7 @@ Seconds = dict[str, list[float]]
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo", help="demo, a folder or a Hugging Face id")
+    parser.add_argument("--corpus", type=Path, default=repository_root() / "corpus")
     parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5)")
     parser.add_argument("--concepts", type=int, help="only the first so many, for a quick try")
     parser.add_argument("--json", type=Path, help="write the figures to this file, too")
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.repeats < 1 or (options.concepts is not None and options.concepts < 1):
         parser.error("--repeats and --concepts start at 1")
 
-    corpus = amy.load_corpus(repository_root() / "corpus")
+    corpus = amy.load_corpus(options.corpus)
     corpus = with_concepts(corpus, corpus.concepts[: options.concepts])
     lm = amy.load_model(options.model)
     setting = provenance(
