@@ -1,9 +1,9 @@
 """Train the bundled model from nothing: `make demo-model` (about an hour on two cores).
 
-A Qwen3.5 hybrid of 5.9M parameters learns fresh stories of the affect world, mixed with the
+A Qwen3.5 hybrid of 6M parameters learns fresh stories of the affect world, mixed with the
 training texts of the hand-written corpus. Checkpoints are kept on the way, because the state a
-story is in is learnt late and held-out cues fade when training goes on for long: `choose` then
-picks the one that carries and steers best on validation frames.
+story is in is learnt late and held-out cues fade when training goes on for long: `demo.release`
+then picks the one that carries and steers best on validation frames.
 """
 
 from __future__ import annotations
@@ -110,10 +110,9 @@ def _remember(layer: torch.nn.Module) -> None:
 def push_randomly(model: Qwen3_5ForCausalLM) -> Callable[[], None]:
     """Train under small random pushes of the residual stream; call the result before each step.
 
-    A large model shrugs off a random direction added at half the norm of its residual stream. The
-    same push made this one write text 1.7 times as perplexing, so that steering could not be told
-    from damage. Now some rows of a batch have one random vector added at all positions of one
-    layer, as steering adds one, with up to STRONGEST_PUSH of the mean norm there.
+    A share PUSHED_SHARE of a batch's rows have one random vector added at all positions of one
+    layer, as steering adds one, with up to STRONGEST_PUSH of the mean norm there, so that a push in
+    no direction of its own does little harm (research/steering-or-damage.md).
     """
     blocks = model.model.layers[:-1]
     hidden_size = model.config.hidden_size
