@@ -6,9 +6,9 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,24 +18,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activation_cache import ActivationCache, Pooled
+from .components import SITES, Site, find_output, layers_with
 from .corpus import Corpus
 from .errors import ModelError
 from .models import EMBEDDING, LanguageModel, check_layers, weight_hash
 
 Pool = Literal["last", "mean", "tokens"]
 POOLS = ("last", "mean", "tokens")
-_CACHE_VERSION = "1"
+_CACHE_VERSION = "2"
 _MARK = "\ue000"
 """Stands for the text in a chat template; of no language, so no template contains it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Activations:
-    """The residual stream of many texts at some layers.
+    """The residual stream of many texts at some layers, or what their heads or neurons put out.
 
     `acts[layer]` is float32 on the CPU: (n_texts, hidden) for the pools `last` and `mean`, a list
     of (n_tokens, hidden) for `tokens`; rows in the order of `texts`. `residual_norms[layer]` is the
-    mean L2 norm over all tokens, the unit steering strengths are given in.
+    mean L2 norm over all tokens, the unit steering strengths are given in. At the sites
+    `attn_heads` and `mlp_neurons`, heads' outputs side by side or neurons stand for `hidden`.
     """
 
     texts: list[str]
@@ -52,6 +54,7 @@ class Activations:
     _by_layer: dict[int, Tensor | list[Tensor]]
     tokens: list[list[str]] | None = None
     """What each row of the pool `tokens` is the activation of, for each text."""
+    site: Site = "residual"
 
     def __getitem__(
         self, layer: int
@@ -62,6 +65,26 @@ class Activations:
             )
         return self._by_layer[layer]
 
+    def select(self, texts: Collection[str]) -> Activations:
+        """The same activations, of these texts only, in the order they are held in.
+
+        `residual_norms` stay those of all texts: they describe the model. Raises ModelError for
+        texts that were not captured.
+        """
+        if absent := set(texts) - set(self.texts):
+            shown = _shown(min(absent))
+            raise ModelError(f"{len(absent)} texts were not captured ({shown}): capture them first")
+        rows = [row for row, text in enumerate(self.texts) if text in set(texts)]
+        return replace(
+            self,
+            texts=[self.texts[row] for row in rows],
+            tokens=self.tokens and [self.tokens[row] for row in rows],
+            _by_layer={
+                layer: [held[row] for row in rows] if isinstance(held, list) else held[rows]
+                for layer, held in self._by_layer.items()
+            },
+        )
+
 
 def capture(
     lm: LanguageModel,
@@ -69,6 +92,7 @@ def capture(
     layers: Iterable[int] | None = None,
     *,
     pool: Pool = "last",
+    site: Site = "residual",
     skip: int = 0,
     chat_template: bool = False,
     batch_tokens: int = 4096,
@@ -82,6 +106,10 @@ def capture(
     from the `skip`-th on (all of them in a shorter text); `tokens` keeps every token. Special
     tokens that a tokenizer adds are run but never read.
 
+    `site` is what is read in each layer: `residual`, the stream after the block; `attn_heads`, what
+    the heads of its attention or GatedDeltaNet hand to the output projection; `mlp_neurons`, what
+    the neurons of its MLP hand to the down projection.
+
     `chat_template` wraps each text as a user message and still reads the text's own tokens only. It
     is off for good reason: with the template's last token read, vectors encoded "end of turn" and
     had a cosine of 0.003 with the good ones.
@@ -91,27 +119,30 @@ def capture(
     is `$AMYGDALA_CACHE`, or `runs/cache` in the repository; None turns it off. It is also off while
     hooks are set that may change the model (within `steer`, say): the weights do not tell of them.
 
-    Raises ModelError, before anything is run, for an unknown pool, layers the model does not have,
-    something that is not a text, an empty text, or a text longer than the model can read.
+    Raises ModelError, before anything is run, for an unknown pool or site, layers the model does
+    not have or that lack the site (the neurons of routed experts, say), something that is not a
+    text, an empty text, or a text longer than the model can read.
     """
     if isinstance(texts, Corpus):
         texts = texts.texts
     if not isinstance(texts, str):
         texts = list(texts)
-    wanted = _check_arguments(texts, layers, len(lm.layers), pool, skip)
+    wanted = _check_arguments(lm, texts, layers, pool, site, skip)
     texts = list(dict.fromkeys(texts))
     rows = _tokenize(lm, texts, chat_template)
 
     model_hash = weight_hash(lm.model)
     setting = json.dumps(
-        [_CACHE_VERSION, model_hash, str(lm.dtype), pool, skip if pool == "mean" else 0]
+        [_CACHE_VERSION, model_hash, str(lm.dtype), pool, skip if pool == "mean" else 0, site]
     )
     keys = [_text_key(setting, row) for row in rows]
     store = ActivationCache(None if _changed_by_hooks(lm.model) else cache, setting)
     found = store.find(keys, wanted)
     missing = [i for i, key in enumerate(keys) if key not in found]
     if missing:
-        fresh = _run(lm, [rows[i] for i in missing], wanted, pool, skip, batch_tokens, progress)
+        fresh = _run(
+            lm, [rows[i] for i in missing], wanted, pool, site, skip, batch_tokens, progress
+        )
         _refuse_overflow(lm, fresh)
         store.add([keys[i] for i in missing], fresh)
         found |= {keys[i]: pooled for i, pooled in zip(missing, fresh, strict=True)}
@@ -141,14 +172,18 @@ def capture(
         reused=len(texts) - len(missing),
         _by_layer=by_layer,
         tokens=[_spelt(lm, row) for row in rows] if pool == "tokens" else None,
+        site=site,
     )
 
 
 @contextmanager
-def residual_stream(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def residual_stream(
+    lm: LanguageModel, layers: Sequence[int], site: Site = "residual"
+) -> Iterator[dict[int, Tensor]]:
     """Within the block, each forward leaves the residual stream of `layers` in the yielded dict.
 
-    Tensors are (batch, tokens, hidden), in the model's dtype, on the layer's device.
+    Tensors are (batch, tokens, hidden), in the model's dtype, on the layer's device. Another `site`
+    gives what that layer's heads or neurons put out.
     """
     stream: dict[int, Tensor] = {}
     hooks = []
@@ -159,13 +194,20 @@ def residual_stream(lm: LanguageModel, layers: Sequence[int]) -> Iterator[dict[i
 
         return hook
 
-    def keep_input(module: nn.Module, inputs: tuple, keywords: dict) -> None:
-        stream[EMBEDDING] = inputs[0] if inputs else keywords["hidden_states"]
+    def keep_input(layer: int):
+        def hook(module: nn.Module, inputs: tuple, keywords: dict) -> None:
+            stream[layer] = inputs[0] if inputs else keywords["hidden_states"]
+
+        return hook
 
     try:
         for layer in layers:
-            if layer == EMBEDDING:
-                hooks.append(lm.layers[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+            if site != "residual":
+                module = find_output(lm, layer, site).module
+                hooks.append(module.register_forward_pre_hook(keep_input(layer), with_kwargs=True))
+            elif layer == EMBEDDING:
+                first = lm.layers[0]
+                hooks.append(first.register_forward_pre_hook(keep_input(layer), with_kwargs=True))
             else:
                 hooks.append(lm.layers[layer].register_forward_hook(keep(layer)))
         yield stream
@@ -198,7 +240,12 @@ class _Row(NamedTuple):
 
 
 def _check_arguments(
-    texts: list[str] | str, layers: Iterable[int] | None, n_layers: int, pool: str, skip: int
+    lm: LanguageModel,
+    texts: list[str] | str,
+    layers: Iterable[int] | None,
+    pool: str,
+    site: str,
+    skip: int,
 ) -> list[int]:
     """The layers in order; raises ModelError with all that is wrong with the arguments."""
     problems, wanted = [], []
@@ -212,10 +259,17 @@ def _check_arguments(
         problems.append(f"no pool {pool!r}: choose one of {', '.join(POOLS)}")
     if skip < 0:
         problems.append(f"skip is {skip}: it is how many tokens of a text to pass over, 0 or more")
+    if site not in SITES:
+        problems.append(f"no site {site!r}: choose one of {', '.join(SITES)}")
     try:
-        wanted = check_layers(layers, n_layers)
+        wanted = check_layers(layers, len(lm.layers))
     except ModelError as error:
         problems.append(str(error))
+    if site in SITES and (lacking := sorted({*wanted} - {*layers_with(lm, wanted, site)})):
+        problems.append(
+            f"layers {lacking} of {lm.name} have no {site} to read (routed experts and the "
+            "embeddings have none): leave them out"
+        )
     if problems:
         raise ModelError("\n".join(problems))
     return wanted
@@ -316,6 +370,7 @@ def _run(
     rows: list[_Row],
     layers: list[int],
     pool: Pool,
+    site: Site,
     skip: int,
     batch_tokens: int,
     progress: bool,
@@ -330,7 +385,7 @@ def _run(
         mininterval=0.1 if sys.stderr.isatty() else 10,
         disable=not progress,
     )
-    with bar, residual_stream(lm, layers) as stream, _stopping_after(lm, layers[-1]):
+    with bar, residual_stream(lm, layers, site) as stream, _stopping_after(lm, layers[-1]):
         for batch in _batches(rows, batch_tokens):
             ids, mask, content = _pad([rows[i] for i in batch], pad_id, lm.device)
             with suppress(_Enough):
