@@ -7,7 +7,7 @@ import json
 import textwrap
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .artefacts import repository_root
 from .corpus_files import (
     KINDS,
     Concept,
@@ -64,6 +65,12 @@ class Corpus:
     def texts(self) -> list[str]:
         """Every distinct text of the training split, in order of first occurrence."""
         return list(dict.fromkeys(entry.text for entry in self.entries))
+
+    @cached_property
+    def all_texts(self) -> list[str]:
+        """`texts`, then held-out texts, then hard negatives, each once: what `evaluate` reads."""
+        others = (text.text for text in (*self.heldout, *self.hard_negatives))
+        return list(dict.fromkeys([*self.texts, *others]))
 
     @cached_property
     def hash(self) -> str:
@@ -117,16 +124,24 @@ class Corpus:
         if unknown := [kind for kind in kinds if kind not in KINDS]:
             raise CorpusError(f"unknown kinds of text {unknown}: choose from {list(KINDS)}")
         kept = [e for e in self.entries if e.concept is None or e.kind in kinds]
-        chosen, dropped = _drop_thin(replace(self, entries=kept))
-        if not chosen.concepts:
-            raise CorpusError(
-                f"no concept in {self.root} has {self.min_positives} texts of kind "
-                f"{' or '.join(kinds) or '(none asked for)'}: choose more of {list(KINDS)}"
-            )
-        if dropped:
-            message = _dropped_message(dropped, self.min_positives)
-            warnings.warn(f"corpus {self.root}: {message}", stacklevel=2)
-        return chosen
+        return _without_thin(
+            replace(self, entries=kept),
+            f"no concept in {self.root} has {self.min_positives} texts of kind "
+            f"{' or '.join(kinds) or '(none asked for)'}: choose more of {list(KINDS)}",
+        )
+
+    def only(self, texts: Collection[str]) -> Corpus:
+        """The same corpus with only these of its training texts; what is held out stays.
+
+        Concepts left with fewer than `min_positives` of them are dropped, with a warning. Raises
+        CorpusError when no concept is left.
+        """
+        texts = set(texts)
+        return _without_thin(
+            replace(self, entries=[e for e in self.entries if e.text in texts]),
+            f"{len(texts)} texts are too few: none of the concepts in {self.root} has "
+            f"{self.min_positives} of them",
+        )
 
     def counts(self) -> pd.DataFrame:
         """Texts per concept: columns story, direct, paired, total (distinct), words, cluster."""
@@ -189,9 +204,14 @@ class Preflight:
 def load_corpus(path: str | Path = "corpus", *, min_positives: int = 2) -> Corpus:
     """Read a corpus folder, or raise CorpusError with everything that is wrong with it.
 
-    Warns, by name, about empty files, files that are not read and concepts with fewer than
-    `min_positives` distinct texts, which are dropped.
+    A relative path is looked for here, then in the repository; "affect_world" is the bundled
+    model's own world, where no folder has that name. Warns, by name, about empty files, files that
+    are not read and concepts with fewer than `min_positives` distinct texts, which are dropped.
     """
+    if str(path) == "affect_world" and not Path(path).exists():
+        from .demo.affect_world import AffectWorld
+
+        return AffectWorld().corpus()
     found = preflight(path, min_positives=min_positives)
     if found.corpus is None:
         raise CorpusError(
@@ -207,6 +227,8 @@ def load_corpus(path: str | Path = "corpus", *, min_positives: int = 2) -> Corpu
 def preflight(path: str | Path = "corpus", *, min_positives: int = 2) -> Preflight:
     """Read a corpus folder and list every problem and warning at once, raising none of them."""
     root = Path(path).expanduser()
+    if not root.exists() and (repository_root() / root).is_dir():
+        root = repository_root() / root  # notebooks run in their own folder
     if wrong := _wrong_arguments(root, min_positives):
         return Preflight(root, wrong, [], None)
     files = CorpusFiles(root)
@@ -263,6 +285,17 @@ def _drop_thin(corpus: Corpus) -> tuple[Corpus, dict[str, int]]:
         hard_negatives=[text for text in corpus.hard_negatives if text.concept in known],
     )
     return thinned, {name: n for name, n in number.items() if name not in known}
+
+
+def _without_thin(corpus: Corpus, if_empty: str) -> Corpus:
+    """`_drop_thin` with a warning; raises CorpusError if no concept is left."""
+    thinned, dropped = _drop_thin(corpus)
+    if not thinned.concepts:
+        raise CorpusError(if_empty)
+    if dropped:
+        message = _dropped_message(dropped, corpus.min_positives)
+        warnings.warn(f"corpus {corpus.root}: {message}", stacklevel=3)
+    return thinned
 
 
 def _dropped_message(dropped: dict[str, int], min_positives: int) -> str:

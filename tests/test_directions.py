@@ -10,40 +10,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import activations, labelled
 from safetensors.torch import load_file
 
 from amygdala_lib import Activations, Directions, capture, extract, steering
 from amygdala_lib.capture import residual_stream
-from amygdala_lib.corpus import Corpus, Text
 from amygdala_lib.directions import method, methods, pooled
 from amygdala_lib.errors import AmygdalaError, ArtefactError
 from amygdala_lib.readout import Readout
 
 HIDDEN = 16
-
-
-def labelled(labels):
-    """A corpus of one short text per label; None is a text without a concept."""
-    return Corpus(
-        root=Path("made here"),
-        manifest={},
-        concepts=sorted({label for label in labels if label}),
-        entries=[Text(f"text {i}", "story", c, None, None, "here") for i, c in enumerate(labels)],
-        neutral=[],
-        heldout=[],
-        min_positives=1,
-    )
-
-
-def activations(corpus, values, **changes):
-    """Activations of a corpus' texts at layer 2, as `capture` would have read them."""
-    facts = {
-        "texts": corpus.texts, "layers": [2], "pool": "last", "skip": 0, "chat_template": False,
-        "residual_norms": {2: values.norm(dim=-1).mean().item()}, "model_name": "made here",
-        "model_revision": "0", "model_hash": "0", "n_layers": 4, "reused": 0,
-        "_by_layer": {2: values},
-    }  # fmt: skip
-    return Activations(**facts | changes)
 
 
 @pytest.fixture(scope="module")

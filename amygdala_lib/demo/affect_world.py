@@ -176,7 +176,17 @@ class AffectWorld:
         )
         return Story(state, tuple(sentences))
 
-    def corpus(self, *, per_state: int = 40, seed: int = 1) -> Corpus:
+    def stateless(self, rng: random.Random, *, sentences: int = 7) -> str:
+        """A text that is as likely in every state."""
+        narrator, place = self.narrator(rng), rng.choice(list(self.grammar["places"]["train"]))
+        told = [self.opening(rng, narrator, place)]
+        while len(told) < sentences:
+            sentence = self.neutral(rng, narrator, place)
+            if sentence not in told:
+                told.append(sentence)
+        return " ".join(sentence.text for sentence in told)
+
+    def corpus(self, *, per_state: int = 40, neutral: int = 60, seed: int = 1) -> Corpus:
         """Stories as a corpus, for models that know only this world; `test` ones are held out."""
         rng = random.Random(seed)
         splits: dict[Split, list[Text]] = {"train": [], "test": []}
@@ -191,7 +201,7 @@ class AffectWorld:
             manifest={state: self._concept(state) for state in self.states},
             concepts=self.states,
             entries=splits["train"],
-            neutral=[],
+            neutral=[self.stateless(rng) for _ in range(neutral)],
             heldout=splits["test"],
             min_positives=2,
         )

@@ -1,10 +1,10 @@
-"""Directions: what every method returns, how methods are registered, and the file format."""
+"""Directions: a unit vector per concept and layer, and the files they are kept in."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..artefacts import as_json, provenance, read_json, read_tensors, replacing, write_tensors
-from ..capture import Activations
-from ..corpus import Corpus
 from ..errors import AmygdalaError, ArtefactError
-
-Method = Callable[[Float[Tensor, "texts hidden"], Corpus], Float[Tensor, "concepts hidden"]]
-"""Activations of `corpus.texts` at one layer -> one row per `corpus.concepts`, of any length."""
-
-methods: dict[str, Method] = {}
-"""Every registered extraction method by name."""
-
-
-def method(name: str) -> Callable[[Method], Method]:
-    """Register an extraction method, so that `extract(..., method=name)` finds it.
-
-    >>> @method("mean_only")
-    ... def mean_only(acts, corpus):
-    ...     return torch.stack([acts[corpus.positives(c)].mean(0) for c in corpus.concepts])
-    """
-
-    def register(function: Method) -> Method:
-        methods[name] = function
-        return function
-
-    return register
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +23,7 @@ class Directions:
     `vectors[layer]` is (n_concepts, hidden) float32, rows in the order of `concepts`.
     `residual_norms[layer]` is the layer's mean residual norm, the unit of steering strength.
     `means[layer]` and `stds[layer]`, (n_concepts,), are of the texts' projections, for z-scores.
+    `eigenvalues[layer]`, (n_concepts, n) in descending order, are there if the method has any.
     """
 
     concepts: list[str]
@@ -54,6 +32,7 @@ class Directions:
     means: dict[int, Float[Tensor, " concepts"]]
     stds: dict[int, Float[Tensor, " concepts"]]
     provenance: dict[str, Any] = field(default_factory=dict)
+    eigenvalues: dict[int, Float[Tensor, "concepts n"]] = field(default_factory=dict)
 
     @property
     def layers(self) -> list[int]:
@@ -71,6 +50,32 @@ class Directions:
             )
         return self.concepts.index(concept)
 
+    def select(
+        self, concepts: Iterable[str] | None = None, layers: Iterable[int] | None = None
+    ) -> Directions:
+        """The same directions for these concepts, in this order, and these layers; None keeps all.
+
+        Raises AmygdalaError for a concept or layer that is not there.
+        """
+        concepts = self.concepts if concepts is None else list(concepts)
+        layers = self.layers if layers is None else sorted(layers)
+        if absent := [layer for layer in layers if layer not in self.vectors]:
+            raise AmygdalaError(f"no directions at layers {absent}: there are {self.layers}")
+        rows = [self.index(concept) for concept in concepts]
+
+        def kept(held: dict[int, Tensor]) -> dict[int, Tensor]:
+            return {layer: held[layer][rows] for layer in layers if layer in held}
+
+        return replace(
+            self,
+            concepts=concepts,
+            vectors=kept(self.vectors),
+            residual_norms={n: v for n, v in self.residual_norms.items() if n in layers},
+            means=kept(self.means),
+            stds=kept(self.stds),
+            eigenvalues=kept(self.eigenvalues),
+        )
+
     def similarity(self, layer: int) -> Float[Tensor, "concepts concepts"]:
         """Cosines between all pairs of concepts at one layer."""
         return self.vectors[layer] @ self.vectors[layer].T
@@ -80,6 +85,7 @@ class Directions:
 
         `facts` (a notebook's name, say) join the provenance. Returns the folder. Raises
         ArtefactError for a fact that JSON cannot hold; what was there before is then left alone.
+        Other forms are in `amygdala_lib.directions.exchange`.
         """
         folder = Path(folder)
         tensors = {}
@@ -87,6 +93,8 @@ class Directions:
             tensors[f"layer_{layer}.vectors"] = self.vectors[layer]
             tensors[f"layer_{layer}.mean"] = self.means[layer]
             tensors[f"layer_{layer}.std"] = self.stds[layer]
+            if layer in self.eigenvalues:
+                tensors[f"layer_{layer}.eigenvalues"] = self.eigenvalues[layer]
         written_by = ("format_version", "versions")
         origin = {k: v for k, v in self.provenance.items() if k not in written_by}
         description = {
@@ -140,66 +148,7 @@ class Directions:
             means={k: tensors.get(f"layer_{k}.mean", torch.zeros(shape[0])) for k in layers},
             stds={k: tensors.get(f"layer_{k}.std", torch.ones(shape[0])) for k in layers},
             provenance={k: v for k, v in description.items() if k not in known},
-        )
-
-
-def extract(acts: Activations, corpus: Corpus, method: str = "pooled") -> Directions:
-    """One unit vector per concept of `corpus` and layer of `acts`.
-
-    `acts` must hold exactly the texts of `corpus`, as `capture(lm, corpus)` does. Raises
-    AmygdalaError for an unknown method, other texts, or a concept whose direction is zero.
-    """
-    if method not in methods:
-        raise AmygdalaError(f"no method {method!r}: choose one of {', '.join(sorted(methods))}")
-    if acts.texts != corpus.texts:
-        missing = len(set(corpus.texts) - set(acts.texts))
-        raise AmygdalaError(
-            f"the activations are of other texts than the corpus ({missing} of its "
-            f"{len(corpus.texts)} texts are missing): run capture(lm, corpus) on this very corpus"
-        )
-    if acts.pool == "tokens":
-        raise AmygdalaError(
-            f"{method} reads one vector per text: capture with pool='last' or 'mean'"
-        )
-    vectors, means, stds = {}, {}, {}
-    for layer in acts.layers:
-        raw = methods[method](acts[layer].float(), corpus)
-        if raw.shape != (shape := (len(corpus.concepts), acts[layer].shape[1])):
-            raise AmygdalaError(
-                f"{method} gave {tuple(raw.shape)}, not (concepts, hidden), which is {shape} here"
-            )
-        lengths = raw.norm(dim=1, keepdim=True)
-        _refuse_nothing(lengths[:, 0], corpus.concepts, layer)
-        vectors[layer] = raw / lengths
-        projections = acts[layer].float() @ vectors[layer].T
-        means[layer], stds[layer] = projections.mean(0), projections.std(0)
-    return Directions(
-        concepts=list(corpus.concepts),
-        vectors=vectors,
-        residual_norms=dict(acts.residual_norms),
-        means=means,
-        stds=stds,
-        provenance=provenance(
-            model=acts.model_name,
-            revision=acts.model_revision,
-            weight_hash=acts.model_hash,
-            n_layers=acts.n_layers,
-            corpus_hash=corpus.hash,
-            method=method,
-            pool=acts.pool,
-            skip=acts.skip,
-            chat_template=acts.chat_template,
-        ),
-    )
-
-
-def _refuse_nothing(
-    lengths: Float[Tensor, " concepts"], concepts: Sequence[str], layer: int
-) -> None:
-    nothing = [c for c, length in zip(concepts, lengths, strict=True) if not length > 0]
-    if nothing:
-        raise AmygdalaError(
-            f"no direction at layer {layer} for {', '.join(nothing)}: their texts do not differ "
-            "there from the others (the embedding of the last token is the same full stop "
-            "everywhere: use pool='mean' for layer -1)"
+            eigenvalues={
+                k: tensors[name] for k in layers if (name := f"layer_{k}.eigenvalues") in tensors
+            },
         )

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..corpus import Corpus
-from .directions import method
+from .extraction import method
 
 
 @method("pooled")
@@ -16,16 +16,27 @@ def pooled(acts: Float[Tensor, "texts hidden"], corpus: Corpus) -> Float[Tensor,
 
     Source: contrastive activation addition (Panickssery et al., arXiv 2312.06681).
 
-    Every text that is not a positive of a concept is one of its negatives, so the mean over
-    negatives follows from the sum over all texts, whatever the number of concepts.
+    Every text that is not a positive of a concept is one of its negatives.
     """
+    return mean_differences(acts, membership(corpus))
+
+
+def mean_differences(
+    acts: Float[Tensor, "texts inputs"], belongs: Float[Tensor, "concepts texts"]
+) -> Float[Tensor, "concepts inputs"]:
+    """Mean over a concept's texts minus mean over all others, from one sum over all texts."""
     # Centring first changes no difference, spares float32 the large mean that all texts share, and
     # leaves exactly nothing of a difference where they are all the same.
-    acts = acts - acts.mean(0)
-    membership = torch.zeros(len(corpus.concepts), len(acts), dtype=acts.dtype, device=acts.device)
-    for row, concept in enumerate(corpus.concepts):
-        membership[row, corpus.positives(concept)] = 1
-    n_positives = membership.sum(1, keepdim=True)
-    positives = membership @ acts
+    acts, belongs = acts - acts.mean(0), belongs.to(acts)
+    n_positives = belongs.sum(1, keepdim=True)
+    positives = belongs @ acts
     negatives = acts.sum(0) - positives
     return positives / n_positives - negatives / (len(acts) - n_positives)
+
+
+def membership(corpus: Corpus) -> Float[Tensor, "concepts texts"]:
+    """1 where a text is a positive of a concept, 0 where it is one of its negatives."""
+    belongs = torch.zeros(len(corpus.concepts), len(corpus.texts))
+    for row, concept in enumerate(corpus.concepts):
+        belongs[row, corpus.positives(concept)] = 1
+    return belongs
