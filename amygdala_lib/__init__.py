@@ -5,6 +5,7 @@ from .corpus import Corpus, load_corpus
 from .directions import Directions, extract
 from .errors import AmygdalaError
 from .models import LanguageModel, load_model
+from .quality import QualityReport, quality_report
 from .readout import Readout
 from .steering import steer
 
@@ -14,10 +15,12 @@ __all__ = [
     "Corpus",
     "Directions",
     "LanguageModel",
+    "QualityReport",
     "Readout",
     "capture",
     "extract",
     "load_corpus",
     "load_model",
+    "quality_report",
     "steer",
 ]
