@@ -1,0 +1,31 @@
+"""Plots: functions of arrays and frames that return the figure, at 20 concepts and at 200."""
+
+from .affect import affect_plane
+from .components import head_map, neuron_bars
+from .corpus import concept_counts, text_lengths
+from .quality import quality_overview
+from .similarity import layer_likeness, similarity_clustermap, similarity_heatmap
+from .spectrum import eigenvalue_spectra
+from .style import DIVERGING, MANY, SEQUENTIAL
+from .tokens import token_heatmap
+from .validation import method_comparison, projections, separation_by_layer
+
+__all__ = [
+    "DIVERGING",
+    "MANY",
+    "SEQUENTIAL",
+    "affect_plane",
+    "concept_counts",
+    "eigenvalue_spectra",
+    "head_map",
+    "layer_likeness",
+    "method_comparison",
+    "neuron_bars",
+    "projections",
+    "quality_overview",
+    "separation_by_layer",
+    "similarity_clustermap",
+    "similarity_heatmap",
+    "text_lengths",
+    "token_heatmap",
+]
