@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,9 +30,16 @@ def repository_root() -> Path:
     return root if (root / "pyproject.toml").exists() else Path.cwd()
 
 
+def check_run(run: str) -> str:
+    """The name of a run as it is; raises ArtefactError for one that would lead out of runs/."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", run):
+        raise ArtefactError(f"{run!r} cannot name a run. Use letters, digits, `-`, `_` and `.`.")
+    return run
+
+
 def run_folder(run: str) -> Path:
     """`runs/<run>` in the repository, made if need be: what the notebooks of one run hand on."""
-    folder = repository_root() / "runs" / run
+    folder = repository_root() / "runs" / check_run(run)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     return folder
 

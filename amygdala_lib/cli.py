@@ -1,4 +1,4 @@
-"""The `amygdala` command: run the notebooks, check the machine, check a corpus."""
+"""The `amygdala` command: what the notebooks do, for people without one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amygdala_lib.errors import AmygdalaError
+
+POOLS = ("last", "mean", "tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +67,36 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(function=_doctor)
 
+    extract = commands.add_parser(
+        "extract",
+        help="a direction per concept and layer",
+        description="Read every text of a corpus once, make directions of the activations, and "
+        "write readout.safetensors and readout.json under runs/NAME/.",
+        epilog="example: amygdala extract --model path/to/model --layers 20,30,40 --run mine",
+    )
+    extract.add_argument("--model", default="demo", help="demo, a folder or a Hugging Face id")
+    extract.add_argument(
+        "--corpus", default="corpus", help="a folder, or affect_world, the bundled model's (corpus)"
+    )
+    extract.add_argument("--method", default="pooled", help="how directions are made (pooled)")
+    extract.add_argument("--layers", type=_layers, help="such as 20,30,40 (a spread over depth)")
+    extract.add_argument("--pool", choices=POOLS, help="what is read of a text (last)")
+    extract.add_argument("--run", default="demo", metavar="NAME", help="folder under runs/ (demo)")
+    extract.set_defaults(function=_extract)
+
+    quality = commands.add_parser(
+        "quality",
+        help="which directions to trust",
+        description="Judge the directions that `amygdala extract` or notebook 02 left under "
+        "runs/NAME/: prints a triage and writes quality.json beside them.",
+        epilog="example: amygdala quality --run mine",
+    )
+    quality.add_argument("--run", default="demo", metavar="NAME", help="folder under runs/ (demo)")
+    quality.add_argument("--model", help="where the model is, if not where it was")
+    quality.add_argument("--corpus", help="where the corpus is, if not where it was")
+    quality.add_argument("--layer", type=int, help="of the triage (nearest two thirds of depth)")
+    quality.set_defaults(function=_quality)
+
     corpus = commands.add_parser("corpus", help="look after the corpus")
     actions = corpus.add_subparsers(title="actions", required=True, metavar="ACTION")
     check = actions.add_parser(
@@ -111,6 +143,62 @@ def _run(arguments: argparse.Namespace) -> int:
         resume=not arguments.fresh,
     )
     return 0
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    import amygdala_lib as amy
+    from amygdala_lib.artefacts import check_run, run_folder
+    from amygdala_lib.directions import methods
+
+    check_run(arguments.run)
+
+    if arguments.method not in methods:
+        known = ", ".join(sorted(methods))
+        raise AmygdalaError(f"no method {arguments.method!r}: choose one of {known}")
+    chosen = methods[arguments.method]
+    pool = arguments.pool or ("tokens" if chosen.reads_tokens else "last")
+    corpus = amy.load_corpus(arguments.corpus)
+    print(corpus.summary())
+    lm = amy.load_model(arguments.model)
+    print(lm)
+    acts = amy.capture(lm, corpus, arguments.layers, pool=pool)
+    options = {}
+    if "neutral" in chosen.options:
+        options["neutral"] = amy.capture(lm, corpus.neutral, acts.layers, pool=pool)
+    directions = amy.extract(acts, corpus, arguments.method, **options)
+    folder = run_folder(arguments.run)
+    directions.save(folder, corpus_folder=arguments.corpus, model_source=arguments.model)
+    n, layers = len(directions.concepts), ", ".join(map(str, directions.layers))
+    print(f"{n} directions by {arguments.method} at layers {layers}: {folder}")
+    return 0
+
+
+def _quality(arguments: argparse.Namespace) -> int:
+    import amygdala_lib as amy
+    from amygdala_lib.artefacts import check_run, repository_root
+
+    folder = repository_root() / "runs" / check_run(arguments.run)
+    directions = amy.Directions.load(folder)
+    made = directions.provenance
+    corpus = amy.load_corpus(arguments.corpus or _told(made, "corpus_folder", "--corpus"))
+    lm = amy.load_model(arguments.model or _told(made, "model_source", "--model"))
+    read = {name: made[name] for name in ("pool", "skip", "chat_template") if name in made}
+    acts = amy.capture(lm, corpus, directions.layers, **read)
+    report = amy.quality_report(lm, acts, corpus, directions)
+    path = report.save(folder)
+    print(report.triage(arguments.layer))
+    print(f"\nall figures: {path}")
+    return 0
+
+
+def _told(made: dict, fact: str, option: str) -> str:
+    if fact not in made:
+        raise AmygdalaError(f"readout.json does not say its {fact}: pass {option}")
+    return made[fact]
+
+
+def _layers(text: str) -> list[int]:
+    return [int(index) for index in text.split(",")]
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from amygdala_lib.artefacts import check_run
 from amygdala_lib.errors import NotebookError
 from amygdala_lib.notebook_record import PACKAGE, Outcome, Record, table
 from amygdala_lib.notebook_sources import (
@@ -54,12 +54,12 @@ def run_notebooks(
     notebooks that declare it, as the type of its default there (the words `1e-5` and `false`
     are read as that type). `resume=False` runs also what is up to date.
 
-    Raises NotebookError before anything runs: for a notebook that cannot be found or read, and
-    for a parameter that no notebook declares or that has another type. Raises it at the first
-    failing cell, with the cell's source; the next call begins with that notebook.
+    Raises AmygdalaError before anything runs: for a name that no run can have, a notebook that
+    cannot be found or read, and a parameter that no notebook declares or that has another type.
+    Raises NotebookError at the first failing cell, with the cell's source; the next call begins
+    with that notebook.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", run):
-        raise NotebookError(f"{run!r} cannot name a run. Use letters, digits, `-`, `_` and `.`.")
+    check_run(run)
     root = Path(root).resolve()
     paths = find_notebooks(notebooks, start=start, root=root)
     given = settings(paths, run, parameters or {})

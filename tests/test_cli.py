@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from amygdala_lib import doctor
+from amygdala_lib import Directions, QualityReport, artefacts, doctor
 from amygdala_lib.cli import main
 from amygdala_lib.notebook_sources import ROOT
 
@@ -28,6 +28,8 @@ def test_help(command, capsys):
         (["run", "-p", "run", "x"], "say `--run NAME`"),
         (["run", "-p", "run", "x", "-p", "run", "y"], "-p is given twice for run"),
         (["run", "--run", "../away"], "'../away' cannot name a run"),
+        (["extract", "--run", "../away"], "'../away' cannot name a run"),
+        (["quality", "--run", "../away"], "'../away' cannot name a run"),
         (["run", "--from", "99"], "No notebook matches 99"),
     ],
 )
@@ -105,3 +107,48 @@ def test_a_check_that_breaks_is_a_finding(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "ROOT", tmp_path)  # no requirements.lock at all
     finding = next(f for f in doctor.examine() if f.subject == "packages")
     assert finding.status == "fail" and "requirements.lock" in finding.detail
+
+
+# Extraction and quality
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """A place for runs/ of this test's own."""
+    monkeypatch.setattr(artefacts, "repository_root", lambda: tmp_path)
+    return tmp_path / "runs"
+
+
+def test_extract_then_quality_leave_the_artefacts_of_the_notebooks(
+    runs, model_folder, corpus_folder, capsys
+):
+    model, texts = str(model_folder("qwen3_5")), str(corpus_folder)
+    made = ["extract", "--model", model, "--corpus", texts, "--layers", "1,3", "--run", "mine"]
+    assert main([*made, "--pool", "mean"]) == 0
+    assert "3 directions by pooled at layers 1, 3" in capsys.readouterr().out
+    directions = Directions.load(runs / "mine")
+    assert directions.layers == [1, 3] and directions.provenance["pool"] == "mean"
+
+    assert main(["quality", "--run", "mine", "--layer", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "layer 3 of 5" in said and "clean" in said
+    report = QualityReport.load(runs / "mine")
+    assert set(report.figures) == set(directions.concepts) and report.layers == [1, 3]
+
+
+@pytest.mark.parametrize("method", ["subspace", "centred"])
+def test_extract_reads_what_the_method_needs(runs, model_folder, corpus_folder, method):
+    asked = ["--model", str(model_folder("llama")), "--corpus", str(corpus_folder)]
+    assert main(["extract", *asked, "--layers", "2", "--method", method]) == 0
+    assert Directions.load(runs / "demo").provenance["method"] == method
+
+
+def test_an_unknown_method_is_refused_before_anything_is_loaded(runs, capsys):
+    assert main(["extract", "--model", "no/such/model", "--method", "poled"]) == 2
+    assert "no method 'poled': choose one of" in capsys.readouterr().err
+    assert not runs.exists()
+
+
+def test_quality_without_directions_says_what_makes_them(runs, capsys):
+    assert main(["quality", "--run", "nothing"]) == 2
+    assert "is not there: `amy.extract" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from amygdala_lib.errors import NotebookError
+from amygdala_lib.errors import AmygdalaError, NotebookError
 from amygdala_lib.notebook_record import Record
 from amygdala_lib.notebook_sources import (
     cast_parameter,
@@ -263,7 +263,7 @@ def test_every_wrong_parameter_is_refused_before_anything_runs(two):
 
 @pytest.mark.parametrize("run", ["", "../x", "a/b", "{x}", ".hidden", "a b"])
 def test_a_run_name_that_is_no_folder_name_is_refused(two, run):
-    with pytest.raises(NotebookError, match="cannot name a run"):
+    with pytest.raises(AmygdalaError, match="cannot name a run"):
         run_notebooks(root=two, run=run)
 
 
