@@ -19,8 +19,6 @@ from ..quality.report import BUCKETS, REDUNDANT, SINGLE_NEURON, UNRELIABLE
 from .frames import check_frame
 from .style import BLUE, PALETTE, RED, missing_handle, readable, set_suptitle
 
-FRAGMENTED = 0.4
-"""A first component with a smaller share of the variance than this: see spectrum.first_pc_ratio."""
 COLOURS = dict(zip(BUCKETS, [PALETTE[i] for i in (2, 7, 1, 4, 5)], strict=True))
 
 
@@ -48,7 +46,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "first_pc_ratio": Measure("first PC ratio", least=FRAGMENTED),
+    "first_pc_ratio": Measure("first PC ratio"),
     "alignment": Measure("alignment"),
     "reliability": Measure("reliability", least=UNRELIABLE),
     "best_neuron": Measure("best neuron", most=SINGLE_NEURON),

@@ -32,12 +32,14 @@ from .style import (
 
 PANELS = 24
 """Up to this many concepts each have a panel of their own."""
-CUT = "90% of the variance"
 
 
-def eigenvalue_spectra(shares: pd.DataFrame, cut: pd.Series, *, title: str | None = None) -> Figure:
+def eigenvalue_spectra(
+    shares: pd.DataFrame, cut: pd.Series, *, of: str = "variance", title: str | None = None
+) -> Figure:
     """How much of the variance each component has, and how many it takes to 90% of it.
 
+    `of` names what is shared if it is not the variance.
     `shares` (concepts, components): shares of each concept's total variance, descending, NaN
     beyond its last component, as `Spectrum.shares` gives them. `cut` (by concept): the components
     it takes, NaN where there is no variance. Up to `PANELS` concepts have a panel each; more are
@@ -48,10 +50,10 @@ def eigenvalue_spectra(shares: pd.DataFrame, cut: pd.Series, *, title: str | Non
     check_measured(shares, "eigenvalue_spectra")
     _check_shares(shares, cut)
     cut = cut.reindex(shares.index).astype(float)
-    title = _cut_finding(cut) if title is None else title
+    title = _cut_finding(cut, of) if title is None else title
     if len(shares) <= PANELS:
-        return _panel_each(shares, cut, title)
-    return _one_image(shares, cut, title)
+        return _panel_each(shares, cut, of, title)
+    return _one_image(shares, cut, of, title)
 
 
 def _check_shares(shares: pd.DataFrame, cut: pd.Series) -> None:
@@ -70,7 +72,7 @@ def _check_shares(shares: pd.DataFrame, cut: pd.Series) -> None:
         raise AmygdalaError("\n".join(problems))
 
 
-def _cut_finding(cut: pd.Series) -> str:
+def _cut_finding(cut: pd.Series, of: str) -> str:
     cut = cut.dropna()
     if cut.empty:
         return "No concept has texts enough for a cut"
@@ -78,14 +80,14 @@ def _cut_finding(cut: pd.Series) -> str:
     median = cut.quantile(interpolation="lower")  # some concept's: no half components
     if least == most:
         who = "Every concept" if len(cut) > 1 else readable(cut.index[0])
-        return f"{who} needs {least:.0f} components for {CUT}"
+        return f"{who} needs {least:.0f} components for 90% of the {of}"
     return (
-        f"The median concept needs {median:.0f} components for {CUT}: "
+        f"The median concept needs {median:.0f} components for 90% of the {of}: "
         f"{readable(cut.idxmin())} only {least:.0f}, {readable(cut.idxmax())} {most:.0f}"
     )
 
 
-def _panel_each(shares: pd.DataFrame, cut: pd.Series, title: str) -> Figure:
+def _panel_each(shares: pd.DataFrame, cut: pd.Series, of: str, title: str) -> Figure:
     n = len(shares)
     columns = min(n, 6 if n > 20 else 5 if n > 8 else 4)
     rows = -(-n // columns)
@@ -109,9 +111,9 @@ def _panel_each(shares: pd.DataFrame, cut: pd.Series, title: str) -> Figure:
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes[0, 0].set_xlim(0.3, shares.shape[1] + 0.7)
     axes[0, 0].set_ylim(0, 1.08)
-    figure.supylabel("share of the concept's variance", fontsize=10)
+    figure.supylabel(f"share of the concept's {of}", fontsize=10)
     handles = [
-        Patch(color=BLUE, label=f"needed for {CUT}"),
+        Patch(color=BLUE, label=f"needed for 90% of the {of}"),
         Patch(color="0.75", label="the others"),
         Line2D([], [], color="0.2", marker=".", linewidth=1, label="cumulative, up to the last"),
     ]
@@ -145,7 +147,7 @@ def _draw_panel(ax: Axes, shares: np.ndarray, cut: float) -> None:
     ax.text(0.98, 0.6, of, transform=ax.transAxes, ha="right", va="center", fontsize=8, color=BLUE)
 
 
-def _one_image(shares: pd.DataFrame, cut: pd.Series, title: str) -> Figure:
+def _one_image(shares: pd.DataFrame, cut: pd.Series, of: str, title: str) -> Figure:
     order = shares.iloc[:, 0].sort_values(ascending=False, na_position="last").index
     shares, cut = shares.loc[order], cut[order]
     n, components = shares.shape
@@ -173,8 +175,8 @@ def _one_image(shares: pd.DataFrame, cut: pd.Series, title: str) -> Figure:
     ax.set(xlabel="component", ylabel=f"{ylabel}, largest first share at the top")
     sns.despine(ax=ax, left=True, bottom=True)
     bar = figure.colorbar(image, ax=ax, fraction=0.04, pad=0.02, format=PercentFormatter(1, 0))
-    bar.set_label("share of the concept's variance (square-root scale)")
-    handles = [Line2D([], [], color=RED, label=f"{CUT}, reached at the left of the line")]
+    bar.set_label(f"share of the concept's {of} (square-root scale)")
+    handles = [Line2D([], [], color=RED, label=f"90% of the {of}, reached at the left of the line")]
     if np.isnan(values).any():
         handles.append(missing_handle("no such component"))
     legend_above(ax, handles)

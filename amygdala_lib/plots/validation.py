@@ -116,7 +116,7 @@ def method_comparison(
         _methods_side_by_side(ax, quartiles, methods)
     else:
         _methods_over_layers(ax, quartiles, medians)
-    if chance is not None:
+    if chance is not None and ax.get_ylim()[0] <= chance <= ax.get_ylim()[1]:
         ax.axhline(chance, color="black", linewidth=0.8, linestyle=":", zorder=0)
         ax.annotate(
             "chance", (1, chance), xycoords=("axes fraction", "data"), ha="right",
@@ -177,8 +177,9 @@ def _best_method(medians: pd.DataFrame) -> str:
     best = medians.max()
     top = best.max()
     layer = medians[best.idxmax()].idxmax()
-    alike = [readable(name) for name in best.index if round(best[name], 2) == round(top, 2)]
-    value = f"median {top:.2f}"
+    digits = 3 if top > 0.98 else 2
+    alike = [readable(n) for n in best.index if round(best[n], digits) == round(top, digits)]
+    value = f"median {top:.{digits}f}"
     if len(alike) > 1 and len(alike) == len(best):
         return f"All methods do equally well at their best layer ({value})"
     if len(alike) > 1:
@@ -187,4 +188,4 @@ def _best_method(medians: pd.DataFrame) -> str:
     if len(best.dropna()) < 2:
         return place
     others = best.drop(best.idxmax())
-    return f"{place}, before {readable(others.idxmax())} ({others.max():.2f})"
+    return f"{place}, before {readable(others.idxmax())} ({others.max():.{digits}f})"
