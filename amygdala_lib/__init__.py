@@ -4,6 +4,7 @@ from .capture import Activations, capture
 from .corpus import Corpus, load_corpus
 from .directions import Directions, extract
 from .errors import AmygdalaError
+from .evaluate import Evaluation, evaluate
 from .models import LanguageModel, load_model
 from .quality import QualityReport, quality_report
 from .readout import Readout
@@ -14,10 +15,12 @@ __all__ = [
     "AmygdalaError",
     "Corpus",
     "Directions",
+    "Evaluation",
     "LanguageModel",
     "QualityReport",
     "Readout",
     "capture",
+    "evaluate",
     "extract",
     "load_corpus",
     "load_model",

@@ -9,12 +9,13 @@ import sys
 import pytest
 
 from amygdala_lib.artefacts import repository_root
+from amygdala_lib.directions import methods
 from amygdala_lib.models import default_layers, load_model
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, module: str = "bench_capture") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.bench_capture", *arguments],
+        [sys.executable, "-m", f"tests.benchmarks.{module}", *arguments],
         cwd=repository_root(),
         capture_output=True,
         text=True,
@@ -62,3 +63,17 @@ def test_a_mistaken_argument_is_named_without_a_traceback(arguments, said):
     done = run(*arguments)
     assert done.returncode != 0
     assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_directions_are_compared_with_what_was_planted_and_with_dense_eigh(tmp_path):
+    out = tmp_path / "figures.json"
+    small = ["--hidden", "512", "--concepts", "12", "--reported", "12", "--dense", "1"]
+    done = run(*small, "--repeats", "1", "--json", str(out), module="bench_directions")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert figures["eigenvalues"]["largest_relative_error"] < figures["eigenvalues"]["goal"]
+    assert set(methods) <= set(figures["planted"])
+    assert figures["planted"]["paired"]["median"] > figures["planted"]["pooled"]["median"]
+    assert figures["subspace"]["eigenvalue_error"] < 1e-4
+    assert len(figures["quality"]["seconds"]) == 1
