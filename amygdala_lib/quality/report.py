@@ -30,7 +30,7 @@ TOP_HEADS, TOP_NEURONS, TOP_CONCEPTS, WORST_TEXTS = 10, 5, 5, 2
 BUCKETS = {
     "clean": "trust these",
     "needs-texts": f"as few texts would come out differently; write up to {RELIABLE:g} reliability",
-    "fragmented": "their texts agree no more than random ones: split the concept or rewrite",
+    "fragmented": "their texts agree no more than random ones: unseen by the model, or several",
     "redundant": f"five others explain over {REDUNDANT:.0%} of each: merge, or find what differs",
     "single-neuron": f"cosine with one neuron above {SINGLE_NEURON:g}: read that neuron instead",
 }
