@@ -74,14 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         "write readout.safetensors and readout.json under runs/NAME/.",
         epilog="example: amygdala extract --model path/to/model --layers 20,30,40 --run mine",
     )
-    extract.add_argument("--model", default="demo", help="demo, a folder or a Hugging Face id")
-    extract.add_argument(
-        "--corpus", default="corpus", help="a folder, or affect_world, the bundled model's (corpus)"
-    )
+    _add_reading(extract)
     extract.add_argument("--method", default="pooled", help="how directions are made (pooled)")
-    extract.add_argument("--layers", type=_layers, help="such as 20,30,40 (a spread over depth)")
-    extract.add_argument("--pool", choices=POOLS, help="what is read of a text (last)")
-    extract.add_argument("--run", default="demo", metavar="NAME", help="folder under runs/ (demo)")
     extract.set_defaults(function=_extract)
 
     quality = commands.add_parser(
@@ -96,6 +90,19 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--corpus", help="where the corpus is, if not where it was")
     quality.add_argument("--layer", type=int, help="of the triage (nearest two thirds of depth)")
     quality.set_defaults(function=_quality)
+
+    validate = commands.add_parser(
+        "validate",
+        help="do directions hold on texts they were not made of?",
+        description="Extract and try directions on held-out texts, in folds and in scenarios, with "
+        "nulls, intervals and baselines; writes evaluation.json under runs/NAME/.",
+        epilog="example: amygdala validate --model path/to/model --layers=-1,20,30,40 "
+        "--methods pooled,centred --report --run mine",
+    )
+    _add_reading(validate)
+    validate.add_argument("--methods", default="pooled", help="by name, with commas (pooled)")
+    validate.add_argument("--report", action="store_true", help="write report.html beside it")
+    validate.set_defaults(function=_validate)
 
     corpus = commands.add_parser("corpus", help="look after the corpus")
     actions = corpus.add_subparsers(title="actions", required=True, metavar="ACTION")
@@ -127,6 +134,19 @@ def _parser() -> argparse.ArgumentParser:
     graph.add_argument("--seed", type=int, default=0, help="order of the negatives (0)")
     graph.set_defaults(function=_from_memory_graph)
     return parser
+
+
+def _add_reading(parser: argparse.ArgumentParser) -> None:
+    """What is read, by what, and where the results go."""
+    parser.add_argument("--model", default="demo", help="demo, a folder or a Hugging Face id")
+    parser.add_argument(
+        "--corpus", default="corpus", help="a folder, or affect_world, the bundled model's (corpus)"
+    )
+    parser.add_argument(
+        "--layers", type=_layers, help="such as 20,30,40; -1 is the embeddings (a spread)"
+    )
+    parser.add_argument("--pool", choices=POOLS, help="what is read of a text (last)")
+    parser.add_argument("--run", default="demo", metavar="NAME", help="folder under runs/ (demo)")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -188,6 +208,35 @@ def _quality(arguments: argparse.Namespace) -> int:
     path = report.save(folder)
     print(report.triage(arguments.layer))
     print(f"\nall figures: {path}")
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    import amygdala_lib as amy
+    from amygdala_lib.artefacts import check_run, run_folder
+    from amygdala_lib.directions import methods
+    from amygdala_lib.evaluation_report import write_report
+
+    check_run(arguments.run)
+    names = arguments.methods.split(",")
+    if unknown := [name for name in names if name not in methods]:
+        known = ", ".join(sorted(methods))
+        raise AmygdalaError(f"no methods {', '.join(unknown)}: choose among {known}")
+    tokens = any(methods[name].reads_tokens for name in names)
+    pool = arguments.pool or ("tokens" if tokens else "last")
+    corpus = amy.load_corpus(arguments.corpus)
+    print(corpus.summary())
+    lm = amy.load_model(arguments.model)
+    print(lm)
+    acts = amy.capture(lm, corpus.all_texts, arguments.layers, pool=pool)
+    options = {}
+    if any("neutral" in methods[name].options for name in names):
+        options["neutral"] = amy.capture(lm, corpus.neutral, acts.layers, pool=pool)
+    found = amy.evaluate(acts, corpus, names, **options)
+    folder = run_folder(arguments.run)
+    print(f"\n{found.recommend()}\nall figures: {found.save(folder)}")
+    if arguments.report:
+        print(f"report: {write_report(found, folder / 'report.html')}")
     return 0
 
 

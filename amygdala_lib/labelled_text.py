@@ -16,12 +16,11 @@ import numpy as np
 import pandas as pd
 import yaml
 from jaxtyping import Bool, Float
-from scipy.stats import rankdata
 
 from .capture import Pool, capture
 from .corpus_files import did_you_mean
 from .errors import AmygdalaError
-from .evaluate import auroc
+from .evaluate import auroc, average_precision
 from .models import LanguageModel
 from .readout import Readout
 
@@ -178,16 +177,6 @@ def evaluate_on(
         notes,
         seed,
     )
-
-
-def average_precision(
-    scores: Float[np.ndarray, " texts"], positive: Bool[np.ndarray, " texts"]
-) -> float:
-    """Mean precision at the threshold of each positive, ties on one threshold; NaN without any."""
-    if not positive.any():
-        return float("nan")
-    at_least = rankdata(-scores, method="max")[positive]
-    return float((rankdata(-scores[positive], method="max") / at_least).mean())
 
 
 # Input
@@ -487,9 +476,7 @@ def _scored(
             "auroc": found,
             "auroc_low": low,
             "auroc_high": high,
-            "average_precision": [
-                average_precision(v, p) for v, p in zip(values.T, positive.T, strict=True)
-            ],
+            "average_precision": average_precision(values, positive),
         },
         index=pd.Index(scores.columns, name="label"),
     )

@@ -1,5 +1,6 @@
 """The `amygdala` command, as a person types it."""
 
+import html
 import json
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from amygdala_lib import Directions, QualityReport, artefacts, doctor
+from amygdala_lib import Directions, Evaluation, QualityReport, artefacts, doctor
 from amygdala_lib.cli import main
 from amygdala_lib.notebook_sources import ROOT
 
@@ -152,3 +153,23 @@ def test_an_unknown_method_is_refused_before_anything_is_loaded(runs, capsys):
 def test_quality_without_directions_says_what_makes_them(runs, capsys):
     assert main(["quality", "--run", "nothing"]) == 2
     assert "is not there: `amy.extract" in capsys.readouterr().err
+
+
+def test_validate_writes_figures_and_a_page_that_stands_alone(
+    runs, model_folder, corpus_folder, capsys
+):
+    asked = ["--model", str(model_folder("qwen3_5")), "--corpus", str(corpus_folder)]
+    methods = ["--methods", "pooled,centred", "--layers=-1,2", "--pool", "mean"]
+    assert main(["validate", *asked, *methods, "--run", "mine", "--report"]) == 0
+    assert "median AUROC" in capsys.readouterr().out
+    found = Evaluation.load(runs / "mine")
+    assert set(found.summary.method) == {"pooled", "centred"}
+    page = (runs / "mine" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert str(found.recommend()) in html.unescape(page)
+    assert "src='http" not in page and "<script" not in page
+
+
+def test_validate_names_methods_that_are_not_there(runs, capsys):
+    assert main(["validate", "--methods", "pooled,poled"]) == 2
+    assert "no methods poled: choose among" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from amygdala_lib import capture, extract
 from amygdala_lib.artefacts import repository_root
 from amygdala_lib.errors import AmygdalaError
-from amygdala_lib.labelled_text import average_precision, evaluate_on, label_map
+from amygdala_lib.labelled_text import evaluate_on, label_map
 from amygdala_lib.readout import Readout
 
 SHIPPED = {"goemotions": 28, "isear": 7, "empathetic_dialogues": 32}
@@ -116,14 +116,6 @@ def test_an_interval_is_that_of_resampled_texts(lm, readout, texts):
     low, high = np.percentile(drawn, [2.5, 97.5])
     row = found.frame.loc["calm"]
     assert abs(row["auroc_low"] - low) < 0.05 and abs(row["auroc_high"] - high) < 0.05
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_average_precision_counts_ties_as_scikit_learn_does(seed):
-    rng = np.random.default_rng(seed)
-    scores, positive = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.3
-    expected = average_precision_score(positive, scores)
-    assert np.isclose(average_precision(scores, positive), expected)
 
 
 def test_a_label_that_no_text_has_is_not_counted(lm, readout, own_texts):

@@ -41,7 +41,8 @@ def pca(acts: Acts, corpus: Corpus, *, seed: int = 0) -> Vectors:
 @method("logistic")
 def logistic(acts: Acts, corpus: Corpus, *, seed: int = 0) -> Vectors:
     """Weights of a logistic regression (L2) against as many negatives, drawn with `seed`."""
-    return _aggregate(acts, corpus, seed, _library().logistic_aggregator())
+    # Residual streams are long vectors: the default of 100 steps stops short of the optimum.
+    return _aggregate(acts, corpus, seed, _library().logistic_aggregator({"max_iter": 2000}))
 
 
 @method("logistic_l1")

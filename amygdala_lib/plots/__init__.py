@@ -3,6 +3,13 @@
 from .affect import affect_plane
 from .components import head_map, neuron_bars
 from .corpus import concept_counts, text_lengths
+from .evaluation import (
+    auroc_forest,
+    cluster_confusion,
+    dose_curves,
+    hard_negatives,
+    method_by_layer,
+)
 from .quality import quality_overview
 from .similarity import layer_likeness, similarity_clustermap, similarity_heatmap
 from .spectrum import eigenvalue_spectra
@@ -15,10 +22,15 @@ __all__ = [
     "MANY",
     "SEQUENTIAL",
     "affect_plane",
+    "auroc_forest",
+    "cluster_confusion",
     "concept_counts",
+    "dose_curves",
     "eigenvalue_spectra",
+    "hard_negatives",
     "head_map",
     "layer_likeness",
+    "method_by_layer",
     "method_comparison",
     "neuron_bars",
     "projections",
