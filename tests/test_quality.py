@@ -282,6 +282,9 @@ def test_what_does_not_belong_together_is_refused_with_all_reasons(corpus, lm):
         AmygdalaError, match=r"directions are at layers \[1\], activations at \[2\]"
     ):
         quality_report(None, elsewhere, corpus, dirs)
+    both = capture(lm, corpus, [1, 2], pool="mean", progress=False)
+    with pytest.raises(AmygdalaError, match=r"at layers \[1, 2\], activations at \[1\]: capture"):
+        quality_report(None, acts, corpus, extract(both, corpus))
     with pytest.raises(AmygdalaError, match="one concept has no neighbours"):
         quality_report(None, acts, corpus, dirs.select(["calm"]))
     report = quality_report(None, acts, corpus, dirs)

@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import roc_auc_score
 
 from ..capture import Pool, capture
 from ..corpus import Corpus
 from ..directions import Directions, extract
+from ..evaluate import separation
 from ..models import LanguageModel
 from ..steering import steer
 from .affect_world import AffectWorld, Sentence, Split
@@ -40,14 +40,11 @@ def reading(
             (text.text for text in corpus.heldout), (t.concept for t in corpus.heldout), strict=True
         )
     )
-    labels = np.array([truth[text] for text in heldout.texts])
-    rows = []
-    for layer in layers:
-        scores = (heldout[layer] @ dirs.vectors[layer].T).numpy()
-        for column, state in enumerate(corpus.concepts):
-            auroc = roc_auc_score(labels == state, scores[:, column])
-            rows.append({"pool": pool, "layer": layer, "state": state, "auroc": auroc})
-    return pd.DataFrame(rows)
+    aurocs = separation(dirs, heldout, [truth[text] for text in heldout.texts])
+    rows = aurocs.rename_axis("state").melt(
+        ignore_index=False, var_name="layer", value_name="auroc"
+    )
+    return rows.reset_index().assign(pool=pool)
 
 
 def carry(

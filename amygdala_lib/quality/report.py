@@ -148,7 +148,7 @@ def quality_report(
     Raises AmygdalaError if activations, corpus and directions are not of one another.
     """
     _check(acts, corpus, dirs)
-    layers = [layer for layer in dirs.layers if layer in acts.layers]
+    layers = dirs.layers
     skipped = {n: "heads and neurons (no model was given)" for n in layers}
     if lm is not None:
         heads = heads or _captured(lm, acts, layers, "attn_heads", progress)
@@ -181,8 +181,11 @@ def _check(acts: Activations, corpus: Corpus, dirs: Directions) -> None:
         )
     if unknown := [c for c in dirs.concepts if c not in corpus.concepts]:
         problems.append(f"the corpus has no texts for {', '.join(unknown)}: use their own corpus")
-    if not set(dirs.layers) & set(acts.layers):
-        problems.append(f"directions are at layers {dirs.layers}, activations at {acts.layers}")
+    if not set(dirs.layers) <= set(acts.layers):
+        problems.append(
+            f"directions are at layers {dirs.layers}, activations at {acts.layers}: capture those "
+            "layers too, or choose with dirs.select(layers=[...])"
+        )
     if dirs.provenance.get("weight_hash", acts.model_hash) != acts.model_hash:
         problems.append("the directions were made with other weights: extract them again")
     if acts.site != "residual":
