@@ -23,3 +23,11 @@ class NotebookError(AmygdalaError):
 
 class SteeringError(AmygdalaError):
     """A steering request names a concept, layer or strength that cannot be applied."""
+
+
+class TrainingError(AmygdalaError):
+    """Examples, settings or a saved state that nothing can be trained with."""
+
+
+class CheckpointError(AmygdalaError):
+    """A checkpoint folder, or what is to be written to it, is not what it must be."""

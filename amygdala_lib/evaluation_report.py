@@ -68,6 +68,9 @@ def _sections(evaluation: Evaluation, best: Recommendation) -> list[str]:
         "<h2>Where it fails</h2>",
         _twins(evaluation, best),
     ]
+    confusion = evaluation.cluster_confusion(best.layer, best.method, best.split)
+    if len(confusion):
+        parts += ["<h2>Clusters</h2>", _picture(plots.cluster_confusion(confusion))]
     hard = _rows(evaluation.hard, {"method": best.method, "layer": best.layer})
     if len(hard):
         parts += ["<h2>Hard negatives</h2>", _picture(plots.hard_negatives(hard))]

@@ -146,7 +146,7 @@ def test_extract_reads_what_the_method_needs(runs, model_folder, corpus_folder, 
 
 def test_an_unknown_method_is_refused_before_anything_is_loaded(runs, capsys):
     assert main(["extract", "--model", "no/such/model", "--method", "poled"]) == 2
-    assert "no method 'poled': choose one of" in capsys.readouterr().err
+    assert "no method 'poled': choose among" in capsys.readouterr().err
     assert not runs.exists()
 
 
@@ -172,4 +172,4 @@ def test_validate_writes_figures_and_a_page_that_stands_alone(
 
 def test_validate_names_methods_that_are_not_there(runs, capsys):
     assert main(["validate", "--methods", "pooled,poled"]) == 2
-    assert "no methods poled: choose among" in capsys.readouterr().err
+    assert "no method 'poled': choose among" in capsys.readouterr().err

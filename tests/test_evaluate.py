@@ -27,7 +27,7 @@ from amygdala_lib.evaluate import (
     separation,
 )
 from amygdala_lib.evaluate.baselines import Words
-from amygdala_lib.evaluate.recognition import accuracies
+from amygdala_lib.evaluate.recognition import accuracies, confusion
 from amygdala_lib.evaluate.scores import Reader
 from amygdala_lib.evaluate.splits import Part, make_splits
 
@@ -212,6 +212,15 @@ def test_accuracies_count_hits_among_the_highest():
     chances = [figures_[f"{name}_chance"] for name in ("top1", "top5", "family")]
     assert chances == pytest.approx([1 / 6, 5 / 6, 1 / 2])
     assert 0 < figures_["top1_low"] < 0.5 < figures_["top1_high"] < 1
+
+
+def test_a_text_is_confused_with_the_cluster_of_the_concept_it_scores_highest_for():
+    scores = np.eye(6)[[0, 1, 5, 5, 2]] + 0.01 * np.arange(6)
+    scores[4] = np.nan
+    positive = np.eye(6, dtype=bool)[[0, 2, 0, 4, 1]]
+    positive[3, 0] = True  # of both clusters, and taken for the second
+    clusters = np.array([[1, 0], [1, 0], [1, 0], [0, 1], [0, 1], [0, 1]], dtype=bool)
+    assert confusion(scores, positive, clusters).tolist() == [[2, 1], [0, 1]]
 
 
 # Splits
@@ -431,6 +440,24 @@ def test_a_concept_planted_along_another_is_its_twin():
     assert len(twins.loc["stuck", "examples"]) == 3 and set(twins.loc["stuck", "examples"]) < stuck
 
 
+def test_the_diagonal_of_the_cluster_confusion_is_the_family_accuracy(found):
+    corpus, acts = world(strength=1.0)
+    weak = quick(corpus, acts)
+    for evaluation in (found, weak):
+        for row in evaluation.summary.itertuples():
+            counts = evaluation.cluster_confusion(row.layer, row.method, row.split)
+            assert list(counts.index) == list(counts.columns)
+            assert counts.to_numpy().sum() == row.n_tried
+            assert np.trace(counts) / row.n_tried == pytest.approx(row.family)
+    assert weak.summary.family.min() < 1
+
+
+def test_without_a_manifest_there_are_no_clusters():
+    corpus, acts = world()
+    found = quick(dataclasses.replace(corpus, manifest={}), acts)
+    assert found.cluster_confusion(2).empty
+
+
 def test_the_recommendation_is_the_higher_median_with_its_margin(register):
     corpus, acts = world(2.0, layers=(-1, 1, 2), heldout=6)
     blurred = dataclasses.replace(
@@ -576,7 +603,7 @@ def test_a_fact_that_json_cannot_hold_leaves_the_old_file(found, tmp_path):
 @pytest.mark.parametrize("content, said", [
     (None, "is not there"), ("{", "damaged"), ("{}", "lacks concepts"),
     ('{"concepts": {"auroc": [1]}, "summary": {}, "hard": {}, "stability": {}, "nulls": {},'
-     '"mistaken": {}, "texts": {}, "left_out": {}}', "damaged"),
+     '"mistaken": {}, "clusters": {}, "texts": {}, "left_out": {}}', "damaged"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_read_is_said_to_be_so(content, said, tmp_path):
     if content is not None:

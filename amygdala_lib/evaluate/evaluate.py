@@ -23,7 +23,7 @@ from . import figures
 from .baselines import Words, random_aurocs, random_directions, shuffled_aurocs
 from .evaluation import TABLES, Evaluation
 from .hard import HardNegatives
-from .recognition import ACCURACIES, accuracies, clusters_of, mistaken
+from .recognition import ACCURACIES, accuracies, cluster_names, clusters_of, confusion, mistaken
 from .scores import Reader, one_vector_per_text
 from .splits import SPLITS, Part, Split, make_splits
 from .stability import Redraws
@@ -251,6 +251,12 @@ class _Run:
         )
         for row in mistaken(scores, split.positive, split.rows, self.concepts):
             self.rows["mistaken"].append(here | row)
+        if self.clusters is not None:
+            names = cluster_names(self.corpus)
+            taken = confusion(scores, split.positive, self.clusters)
+            for own, other in zip(*taken.nonzero(), strict=True):
+                row = {"cluster": names[own], "taken_for": names[other]}
+                self.rows["clusters"].append(here | row | {"n_texts": int(taken[own, other])})
 
     def _hard(self, scores: np.ndarray) -> list[dict[str, Any]]:
         return self.hard.figures(scores, draws=self.draws, seed=self.seed)

@@ -24,9 +24,10 @@ TABLES = {
         *("method", "layer", "split", "concept"),
         *("twin", "taken", "n_texts", "examples"),
     ],
+    "clusters": ["method", "layer", "split", "cluster", "taken_for", "n_texts"],
 }
 """The frames of an evaluation, and the columns that each must have."""
-_TEXT = {"method", "split", "concept", "kind", "twin", "examples"}
+_TEXT = {"method", "split", "concept", "kind", "twin", "examples", "cluster", "taken_for"}
 _MADE_BY = "`amy.evaluate(...).save(folder)`"
 
 
@@ -68,7 +69,8 @@ class Evaluation:
     `concepts` has a row per method, layer, split and concept; `summary` one per method, layer and
     split; `hard` one per method, layer and kind of hard negative; `stability` one per method, layer
     and concept; `nulls` says what directions of chance do. `mistaken` is what `twins` reads, its
-    `examples` naming `texts`. `left_out` says why a split that was asked for is not there.
+    `examples` naming `texts`; `clusters` is what `cluster_confusion` reads. `left_out` says why a
+    split that was asked for is not there.
 
     Columns: `*_low` and `*_high` bound a 95% interval; `embedding_*` is the same method on the
     embeddings (NaN unless layer -1 was captured), `words_*` a bag of words; `p` is against random
@@ -83,6 +85,7 @@ class Evaluation:
     stability: pd.DataFrame
     nulls: pd.DataFrame
     mistaken: pd.DataFrame
+    clusters: pd.DataFrame
     texts: Mapping[int, str]
     left_out: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -136,18 +139,24 @@ class Evaluation:
         texts are all recognised are not there. `method` and `split` default to the first evaluated.
         Raises AmygdalaError for a layer, method or split that was not evaluated.
         """
-        wanted = {
-            "layer": self._known("layer", layer),
-            "method": self._known("method", method),
-            "split": self._known("split", split),
-        }
-        rows = self.mistaken
-        for column, value in wanted.items():
-            rows = rows[rows[column] == value]
+        rows = self._at(self.mistaken, layer, method, split)
         examples = [[self.texts[number] for number in held] for held in rows["examples"]]
         rows = rows.assign(examples=examples).set_index("concept")
         rows = rows[["twin", "taken", "n_texts", "examples"]]
         return rows.sort_values("taken", ascending=False, kind="stable")
+
+    def cluster_confusion(
+        self, layer: int, method: str | None = None, split: str | None = None
+    ) -> pd.DataFrame:
+        """How many texts of each cluster (rows) are taken for a concept of each (columns).
+
+        For `plots.cluster_confusion`. Empty for a corpus without a manifest. `method` and `split`
+        default to the first evaluated; raises AmygdalaError for what was not evaluated.
+        """
+        rows = self._at(self.clusters, layer, method, split)
+        names = sorted({*rows["cluster"], *rows["taken_for"]})
+        counts = rows.pivot(index="cluster", columns="taken_for", values="n_texts")
+        return counts.reindex(index=names, columns=names).fillna(0).astype(int)
 
     def save(self, folder: Path | str, **facts: Any) -> Path:
         """Write `evaluation.json` into `folder`; `facts` join the provenance. Returns the path.
@@ -186,6 +195,13 @@ class Evaluation:
             left_out=content["left_out"],
             provenance={k: v for k, v in content.items() if k not in parts},
         )
+
+    def _at(
+        self, rows: pd.DataFrame, layer: int, method: str | None, split: str | None
+    ) -> pd.DataFrame:
+        for column, value in (("layer", layer), ("method", method), ("split", split)):
+            rows = rows[rows[column] == self._known(column, value)]
+        return rows
 
     def _known(self, column: str, value: Any) -> Any:
         """The value, or the first there is for None. Raises AmygdalaError if it is not there."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from ..corpus import Corpus
 from .figures import share_interval
@@ -22,7 +22,12 @@ def clusters_of(corpus: Corpus) -> Bool[np.ndarray, "concepts clusters"] | None:
     if not all(name in corpus.manifest for name in corpus.concepts):
         return None
     names = [corpus.manifest[name].cluster for name in corpus.concepts]
-    return np.array(names)[:, None] == np.array(sorted(set(names)))
+    return np.array(names)[:, None] == np.array(cluster_names(corpus))
+
+
+def cluster_names(corpus: Corpus) -> list[str]:
+    """The clusters that concepts of the corpus are in, as `clusters_of` orders them."""
+    return sorted({corpus.manifest[name].cluster for name in corpus.concepts})
 
 
 def accuracies(
@@ -57,6 +62,24 @@ def accuracies(
         found[f"{name}_chance"] = (
             float(chances[name].mean()) if name in chances and len(scores) else np.nan
         )
+    return found
+
+
+def confusion(
+    scores: Scores, positive: Labels, clusters: Bool[np.ndarray, "concepts clusters"]
+) -> Int[np.ndarray, "clusters clusters"]:
+    """How many texts of each cluster (rows) score highest for a concept of each (columns).
+
+    Texts count that have a concept with a score. One of several clusters counts in the one that it
+    is taken for, if that is among them, and in the first if not.
+    """
+    counted = (positive & ~np.isnan(scores)).any(1)
+    highest = np.argmax(np.where(np.isnan(scores), -np.inf, scores)[counted], axis=1)
+    taken_for = clusters[highest].argmax(1)
+    own = positive[counted].astype(int) @ clusters > 0
+    right = own[np.arange(len(own)), taken_for]
+    found = np.zeros((clusters.shape[1],) * 2, dtype=int)
+    np.add.at(found, (np.where(right, taken_for, own.argmax(1)), taken_for), 1)
     return found
 
 

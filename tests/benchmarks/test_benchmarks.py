@@ -77,3 +77,14 @@ def test_directions_are_compared_with_what_was_planted_and_with_dense_eigh(tmp_p
     assert figures["planted"]["paired"]["median"] > figures["planted"]["pooled"]["median"]
     assert figures["subspace"]["eigenvalue_error"] < 1e-4
     assert len(figures["quality"]["seconds"]) == 1
+
+
+@pytest.mark.slow
+def test_every_method_is_evaluated_in_folds(tmp_path):
+    out = tmp_path / "figures.json"
+    small = ["--hidden", "128", "--concepts", "10", "--layers", "2", "--subspace", "4"]
+    done = run(*small, "--json", str(out), module="bench_evaluate")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    run_methods = {*figures["together"]["methods"], *figures["subspace"]["methods"]}
+    assert run_methods == set(methods)
