@@ -152,6 +152,7 @@ def test_a_score_that_rises_with_the_dose_is_shown():
         "afraid": 1, "calm": 1, "proud": 0, "sad": 0,
     }  # fmt: skip
     assert "12 of 24 pairs move as expected" in found.summary()
+    assert found.finding.startswith("12 of 24 pairs follow the dose")
     assert abs(found.control_agreement) < 0.5
 
 
@@ -171,6 +172,7 @@ def test_where_nothing_rises_nothing_is_shown_and_the_summary_says_so():
         all_together.append(found.p_agreement)
         if not found.frame["shown"].any() and found.p_agreement >= 0.05:
             assert "NOTHING IS SHOWN" in found.summary()
+            assert found.finding.startswith("None of ")
     # Holm lets any pair through in one test of twenty.
     assert sum(frame["shown"].any() for frame in frames) <= 3
     for column in ("p", "random_share"):

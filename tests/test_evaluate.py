@@ -14,6 +14,7 @@ from planted import activations, labelled, made_of
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from amygdala_lib.capture import capture
 from amygdala_lib.corpus import Concept, Text
 from amygdala_lib.directions import extract, membership, methods, text_means
 from amygdala_lib.directions.extraction import Method
@@ -509,6 +510,17 @@ def test_tokens_are_read_by_methods_that_read_them_and_averaged_for_others(regis
     alone = quick(corpus, acts, splits=["heldout"], repeats=0)
     both = found.concepts.query("method == 'pooled'")["auroc"].to_numpy()
     assert both == pytest.approx(alone.concepts["auroc"].to_numpy())
+
+
+def test_an_encoder_is_evaluated_as_a_model_that_writes_is(loaded, corpus):
+    acts = capture(loaded("bert"), corpus.all_texts, [-1, 2], pool="mean", progress=False)
+    found = quick(corpus, acts)
+    assert found.provenance["model"] == "bert"
+    assert found.concepts.auroc.notna().all()
+    assert list(found.concepts.query("layer == 2").n_texts) == [len(corpus.texts)] * 3
+    # Its embeddings have read no neighbours, so they are another reading than its layers.
+    upper = found.concepts.query("layer == 2")
+    assert (upper.auroc != upper.embedding_auroc).any()
 
 
 def test_the_order_of_the_activations_does_not_matter():

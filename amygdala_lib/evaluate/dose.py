@@ -81,6 +81,13 @@ class DoseTest:
     left_out: list[str] = field(default_factory=list)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def finding(self) -> str:
+        """What was found, short enough for the title of a figure."""
+        number, pairs = int(self.frame["shown"].sum()), len(self.frame)
+        share = f"{number} of {pairs} pairs follow" if number else f"None of {pairs} pairs follows"
+        return f"{share} the dose beyond chance, random directions and a control"
+
     def summary(self) -> str:
         """What was found, in at most 24 lines of 100 characters."""
         facts, frame = self.provenance, self.frame
