@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help notebooks lab test test-slow lint figures demo-model lock
+.PHONY: help notebooks lab test test-slow browser lint figures demo-model lock
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,8 +24,15 @@ lab: $(READY)  ## open JupyterLab on the first notebook
 test: $(READY)  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(READY)  ## the slow tests
+test-slow: $(READY) browser  ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+# Playwright's own browser wants system libraries too; where there is apt, chromium brings them.
+browser: $(READY)  ## Chromium for the slow tests, if there is none
+	@for b in chromium google-chrome chrome; do command -v $$b >/dev/null && exit 0; done; \
+	if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; \
+	then apt-get update -qq && apt-get install -y -qq chromium; \
+	else $(BIN)/playwright install chromium; fi
 
 lint: $(READY)  ## ruff, and notebooks without output and with the right links
 	$(BIN)/ruff check .
