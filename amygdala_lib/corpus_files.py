@@ -18,7 +18,7 @@ KINDS: tuple[Kind, ...] = ("story", "direct", "paired")
 HARD_KINDS: tuple[Kind, ...] = ("negated", "mentioned", "observed")
 _POSITIVES: dict[str, Kind] = {"stories": "story", "direct": "direct"}
 _HARD_NEGATIVES: dict[str, Kind] = {kind: kind for kind in HARD_KINDS}
-_FOLDERS = {"stories", "direct", "paired", "neutral", "heldout"}
+_FOLDERS = {"stories", "direct", "paired", "neutral", "heldout", "behaviours"}
 _FILES = {"manifest.yaml", "LICENSE", "memory_graph_example.jsonl"}
 _SNAKE_CASE = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
 
@@ -91,7 +91,7 @@ def _repetitions(
     return problems
 
 
-class _ManifestLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class CorpusLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Safe YAML that refuses a key written twice, of which YAML would keep the last unseen."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -170,7 +170,7 @@ class CorpusFiles:
         if source is None:
             return {}
         try:
-            content = yaml.load(source, Loader=_ManifestLoader)
+            content = yaml.load(source, Loader=CorpusLoader)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f"line {mark.line + 1}, " if mark else ""

@@ -69,7 +69,7 @@ def _sections(evaluation: Evaluation, best: Recommendation) -> list[str]:
         _twins(evaluation, best),
     ]
     confusion = evaluation.cluster_confusion(best.layer, best.method, best.split)
-    if len(confusion):
+    if len(confusion) > 1:
         parts += ["<h2>Clusters</h2>", _picture(plots.cluster_confusion(confusion))]
     hard = _rows(evaluation.hard, {"method": best.method, "layer": best.layer})
     if len(hard):

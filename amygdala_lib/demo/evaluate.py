@@ -115,7 +115,7 @@ def steering(
     """
     states = list(states or world.states)
     points = point if isinstance(point, dict) else {state: point for state in states}
-    prompts = _openings(world, split, per_state, seed)
+    prompts = openings(world, split, per_state, seed)
     plain = write(lm, prompts, seed=seed)
     base_perplexity = perplexity(lm, prompts, plain)
     base_cues = [cue.state for text in plain for cue in _cues(world.read(text))]
@@ -147,13 +147,20 @@ def random_directions(dirs: Directions, seed: int = 4) -> Directions:
     return replace(dirs, vectors=vectors)
 
 
-def _openings(world: AffectWorld, split: Split, number: int, seed: int) -> list[str]:
+def openings(world: AffectWorld, split: Split, number: int, seed: int) -> list[str]:
+    """First sentences of stories, which tell no state."""
     rng = random.Random(seed)
     places = list(world.grammar["places"][split])
     return [
         world.opening(rng, world.narrator(rng, split), rng.choice(places)).text
         for _ in range(number)
     ]
+
+
+def cue_share(world: AffectWorld, texts: list[str], state: str) -> list[float]:
+    """The share of each text's cues that are the state's; NaN for a text without cues."""
+    cues = [[cue.state == state for cue in _cues(world.read(text))] for text in texts]
+    return [float(np.mean(found)) if found else math.nan for found in cues]
 
 
 def _score(world: AffectWorld, texts: list[str], state: str) -> dict[str, float]:

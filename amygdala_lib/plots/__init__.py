@@ -11,8 +11,10 @@ from .evaluation import (
     method_by_layer,
 )
 from .quality import quality_overview
+from .readout import coloured_tokens, top_states
 from .similarity import layer_likeness, similarity_clustermap, similarity_heatmap
 from .spectrum import eigenvalue_spectra
+from .steering import side_effects, steering_depth, steering_dose
 from .style import DIVERGING, MANY, SEQUENTIAL
 from .tokens import token_heatmap
 from .validation import method_comparison, projections, separation_by_layer
@@ -24,6 +26,7 @@ __all__ = [
     "affect_plane",
     "auroc_forest",
     "cluster_confusion",
+    "coloured_tokens",
     "concept_counts",
     "dose_curves",
     "eigenvalue_spectra",
@@ -36,8 +39,12 @@ __all__ = [
     "projections",
     "quality_overview",
     "separation_by_layer",
+    "side_effects",
     "similarity_clustermap",
     "similarity_heatmap",
+    "steering_depth",
+    "steering_dose",
     "text_lengths",
     "token_heatmap",
+    "top_states",
 ]

@@ -1,0 +1,26 @@
+"""Small, safe, cheap changes to all the weights of a model."""
+
+from .apollo import Apollo
+from .examples import Example
+from .frozen_context import frozen_context_loss, token_log_probabilities
+from .objectives import DPO, DPOP, ORPO, SFT, Objective
+from .result import TrainingResult
+from .task_vectors import TaskVector
+from .ties import ties_merge
+from .trainer import train
+
+__all__ = [
+    "DPO",
+    "DPOP",
+    "ORPO",
+    "SFT",
+    "Apollo",
+    "Example",
+    "Objective",
+    "TaskVector",
+    "TrainingResult",
+    "frozen_context_loss",
+    "ties_merge",
+    "token_log_probabilities",
+    "train",
+]
