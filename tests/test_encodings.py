@@ -14,9 +14,8 @@ from amygdala_lib.checkpoint.encodings import (
     ITEM_SIZES,
     KINDS,
     Encoded,
-    _payload,
-    _survey,
     encode,
+    encode_as,
 )
 from amygdala_lib.checkpoint.streams import (
     Source,
@@ -248,8 +247,10 @@ def test_no_other_kind_would_have_been_smaller(where, density, change, relative)
         old = weights(n // 2)
         new = changed(old, where(len(old), density), change=change)
         before, after = as_bytes(old), as_bytes(new)
-        _, dirty = _survey(before, after, 2)
-        sizes = [len(_payload(kind, before, after, 2, relative, dirty)) for kind in KINDS]
+        each = [encode_as(kind, before, after, 2, relative) for kind in KINDS]
+        assert [encoded.kind for encoded in each] == list(KINDS)
+        assert all(np.array_equal(applied(encoded, before), after) for encoded in each)
+        sizes = [len(encoded.payload) for encoded in each]
         found = len(encode(before, after, 2, relative).payload)
         assert found <= tolerance * min(sizes) + 20, sizes
         assert found in sizes
@@ -286,7 +287,7 @@ def examples():
         for kind, where in places.items():
             new = changed(old, where.astype(bool))
             before, after = as_bytes(old), as_bytes(new)
-            payload = _payload(kind, before, after, 2, relative, _survey(before, after, 2)[1])
+            payload = encode_as(kind, before, after, 2, relative).payload
             yield pytest.param(before, after, payload, id=f"{kind}, relative {relative}")
 
 
@@ -377,6 +378,13 @@ def test_a_target_it_does_not_fit_is_refused(target, said):
 def test_tensors_that_are_no_pair_are_refused(old, new, itemsize, said):
     with pytest.raises(CheckpointError, match=said):
         encode(old, new, itemsize)
+    with pytest.raises(CheckpointError, match=said):
+        encode_as("blocks", old, new, itemsize)
+
+
+def test_a_kind_that_there_is_not_is_refused():
+    with pytest.raises(CheckpointError, match="no kind 'rows': there are whole, blocks, elements"):
+        encode_as("rows", np.zeros(8, np.uint8), np.ones(8, np.uint8), 2)
 
 
 # Numbers and values as bytes

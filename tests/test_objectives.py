@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from amygdala_lib.errors import TrainingError
@@ -162,6 +162,8 @@ def test_odds_are_right_to_the_last_digits_from_near_certainty_to_next_to_nothin
 
 
 @given(st.floats(-1e4, -(2.0**-120), width=32))
+@example(-(2.0**-120))
+@example(-(2.0**-30))
 def test_log_of_one_minus_a_probability_has_its_value_and_slope_wherever_there_is_one(x):
     leaf = torch.tensor([x], requires_grad=True)
     value = log1mexp(leaf)

@@ -422,12 +422,14 @@ def test_a_text_is_read_again_when_it_changes_and_only_then(lm, dirs):
 
 
 def test_the_first_concept_is_the_one_that_peaks_highest(lm, dirs):
-    made = ReadoutPanel(lm, Readout(dirs), PROMPT, layer=3)
-    made.start()
-    shown(made)
     with Readout(dirs).attach(lm, layers=[3]) as live:
         logits(lm)
-    assert made.concept.value == live.zscores().max().idxmax()
+    highest = live.zscores().max().idxmax()
+    others = [concept for concept in CONCEPTS if concept != highest]
+    made = ReadoutPanel(lm, Readout(dirs.select([*others, highest])), PROMPT, layer=3)
+    made.start()
+    assert f"Text coloured by {highest.replace('_', ' ')}" in shown(made)
+    assert made.concept.value == highest
     made.close()
 
 

@@ -164,9 +164,9 @@ def encode(old: Data, new: Data, itemsize: int, relative: bool = False) -> Encod
     needs it. With `relative` it may count from the old values, which for small updates takes
     several times fewer bytes, and it can be applied to `old` only.
 
-    Of kinds, those are encoded and compared that come close to the best on a sample of the blocks
-    that changed; `whole` is one if all did. Memory: two payloads at most and some 50 MB, whatever
-    the tensor. Raises CheckpointError for lengths
+    In a tensor of more than 64 KB, kinds that a sample of the changed blocks puts more than 5%
+    above the best are not encoded in full, nor is `whole` unless every block has a change. Memory:
+    two payloads at most and some 50 MB, whatever the tensor. Raises CheckpointError for lengths
     that differ or are no multiple of `itemsize`, and for arrays that are not contiguous bytes.
     """
     _check_pair(old, new, itemsize)
@@ -174,6 +174,18 @@ def encode(old: Data, new: Data, itemsize: int, relative: bool = False) -> Encod
     kinds = _promising(old, new, itemsize, relative, n_changed, dirty)
     payloads = (_payload(kind, old, new, itemsize, relative, dirty) for kind in kinds)
     return Encoded(min(payloads, key=len))
+
+
+def encode_as(kind: Kind, old: Data, new: Data, itemsize: int, relative: bool = False) -> Encoded:
+    """What turns `old` into `new` as this kind, to see what each would take; otherwise as `encode`.
+
+    Raises CheckpointError as `encode` does, and for a kind that there is not.
+    """
+    _check_pair(old, new, itemsize)
+    if kind not in KINDS:
+        raise CheckpointError(f"there is no kind {kind!r}: there are {', '.join(KINDS)}")
+    _, dirty = _survey(old, new, itemsize)
+    return Encoded(_payload(kind, old, new, itemsize, relative, dirty))
 
 
 def _survey(old: Data, new: Data, itemsize: int) -> tuple[int, Blocks]:
@@ -207,7 +219,7 @@ def _promising(
         n_bytes = len(_payload(kind, *sample, itemsize, relative, dirty_here))
         return n_bytes * (n_changed / n_here if kind == "elements" else len(touched) / len(few))
 
-    # What whole can save over blocks is saying which: a bit for each. It has to say all of the rest.
+    # Whole says all that blocks do, and more: it saves naming them, which is a bit each at most.
     all_or_some: Kind = "whole" if dirty.all() else "blocks"
     sizes = {kind: foretold(kind) for kind in (all_or_some, "elements")}
     return [kind for kind in sizes if sizes[kind] <= _MARGIN * min(sizes.values())]

@@ -1,6 +1,7 @@
 """Plots: functions of arrays and frames that return the figure, at 20 concepts and at 200."""
 
 from .affect import affect_plane
+from .checkpoint import change_by_component, change_map, delta_sizes
 from .components import head_map, neuron_bars
 from .corpus import concept_counts, text_lengths
 from .evaluation import (
@@ -17,6 +18,7 @@ from .spectrum import eigenvalue_spectra
 from .steering import side_effects, steering_depth, steering_dose
 from .style import DIVERGING, MANY, SEQUENTIAL
 from .tokens import token_heatmap
+from .training import gradient_map, part_bars, training_curves
 from .validation import method_comparison, projections, separation_by_layer
 
 __all__ = [
@@ -25,17 +27,22 @@ __all__ = [
     "SEQUENTIAL",
     "affect_plane",
     "auroc_forest",
+    "change_by_component",
+    "change_map",
     "cluster_confusion",
     "coloured_tokens",
     "concept_counts",
+    "delta_sizes",
     "dose_curves",
     "eigenvalue_spectra",
+    "gradient_map",
     "hard_negatives",
     "head_map",
     "layer_likeness",
     "method_by_layer",
     "method_comparison",
     "neuron_bars",
+    "part_bars",
     "projections",
     "quality_overview",
     "separation_by_layer",
@@ -47,4 +54,5 @@ __all__ = [
     "text_lengths",
     "token_heatmap",
     "top_states",
+    "training_curves",
 ]

@@ -125,7 +125,7 @@ def _past_length(given: Mapping[str, Any]) -> int:
         ) from error
 
 
-def _places(given: Mapping[str, Any], n: int) -> Int[Tensor, "batch {n}"]:
+def _places(given: Mapping[str, Any], n: int) -> Int[Tensor, "batch tokens"]:
     """The place of each of the `n` newest tokens in its own text; -1 is padding before it."""
     mask = given.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:

@@ -62,7 +62,7 @@ class Trial:
     def distinct_bigrams(self) -> float:
         """Distinct pairs of neighbouring tokens within each text, as a share; NaN without pairs.
 
-        Li et al. 2016 (arXiv:1510.03055), section 5.1, for each text by itself.
+        After Li et al. 2016 (arXiv:1510.03055), for each text by itself.
         """
         pairs = [list(zip(row, row[1:], strict=False)) for row in self.ids]
         count = sum(map(len, pairs))

@@ -228,11 +228,12 @@ class Apollo(Optimizer):
         return update
 
     def _update(self, found: list[tuple[str, Tensor, dict[str, Any]]]) -> None:
-        members = [Member(*entry, self.state[entry[1]]) for entry in found]
+        members = [Member(*entry, self.state.get(entry[1], {})) for entry in found]
         squares = channel_squares_of(members)
         together = defaultdict(list)
         for member in members:
             count_step(member)
+            self.state[member.weight] = member.state  # only now: a refused step leaves no trace
             together[_kind(member)].append(member)
         for same in together.values():
             if same[0].is_projected:

@@ -40,6 +40,8 @@ TOOLS = {
     "zstd -3": "zstd -q -f -3 --single-thread --patch-from={old} {new} -o {delta}",
     "zstd -19": "zstd -q -f -19 --single-thread --patch-from={old} {new} -o {delta}",
 }
+OURS = ("ours", "ours, absolute")
+"""As an export codes it, counting from the old values, and as the undo journal does."""
 GOAL = 1.10
 SELF, CHILDREN = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
 
@@ -87,9 +89,6 @@ def main(arguments: list[str] | None = None) -> None:
     summary = summarise(cases, list(tools)) if tools else {}
     if options.json:
         write_json(options.json, {**setting, "cases": cases, "summary": summary})
-
-
-OURS = ("ours", "ours, absolute")
 
 
 def said(result: Result, kind: str) -> str:
