@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from amygdala_lib import checkpoint
+from amygdala_lib.artefacts import repository_root
 from amygdala_lib.checkpoint import access, journal, shards, transaction
 from amygdala_lib.cli import main
 from amygdala_lib.errors import ArtefactError, CheckpointError
@@ -238,6 +239,8 @@ def test_names_are_mapped_and_what_maps_to_none_is_left_out(folder):
 def test_a_partial_state_leaves_the_rest_as_it_is(folder):
     before = held(folder)
     part = {"deep": before["deep"] + 1}
+    nothing = checkpoint.diff(folder, {}, partial=True, **QUIET)
+    assert not nothing and nothing.total()["bytes"] == 0 and "are the same" in str(nothing)
     refuses(
         folder, ["missing from the state", "partial=True"], lambda: checkpoint.sync(folder, part)
     )
@@ -702,7 +705,8 @@ def test_a_state_is_found_by_its_hash_and_a_rollback_is_undone_by_another(folder
     back = checkpoint.rollback(folder, first.parent[:10], why="worse", **QUIET)
     assert back.hash == first.parent and same(held(folder), new_state())
     assert checkpoint.history(folder, **QUIET).loc[2, "facts"] == {"to": 0, "why": "worse"}
-    assert checkpoint.rollback(folder, 1, **QUIET).id == 3
+    states = checkpoint.history(folder, **QUIET)
+    assert checkpoint.rollback(folder, states.index[1], **QUIET).id == 3
     assert same(held(folder), changed)
     assert checkpoint.rollback(folder, 3, **QUIET).id is None, "it is there already"
 
@@ -967,3 +971,23 @@ def test_the_command_refuses_in_one_message(folder, arguments, said, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert said in printed.err and "Traceback" not in printed.err and printed.out == ""
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_all_it_promises(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "tests.benchmarks.bench_checkpoint", "--gigabytes", "0.02"]
+    done = subprocess.run(
+        [*command, "--repeats", "1", "--folder", str(tmp_path), "--json", str(out)],
+        cwd=repository_root(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(out.read_text())
+    assert all(min(taken) > 0 for taken in figures["seconds"].values())
+    counted = figures["bytes"]
+    assert counted["changed elements"] == pytest.approx(0.001 * counted["model"], rel=0.01)
+    assert counted["changed"] <= counted["changed elements"] <= counted["written into shards"]
+    for found in figures["comparisons"]:
+        assert f"{found['to']} / {found['case']}" in done.stdout

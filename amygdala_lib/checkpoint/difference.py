@@ -21,10 +21,11 @@ from .parallel import each_piece
 from .shards import ModelFolder, Piece, StoredTensor, resolved
 from .state import Names, Source, State, source_of
 
-_COLUMNS = [
-    *("dtype", "shape", "bytes", "changed_bytes", "blocks", "changed_blocks"),
-    *("elements", "changed_elements", "largest_change"),
+_COUNTED = [
+    *("bytes", "changed_bytes", "blocks", "changed_blocks"),
+    *("elements", "changed_elements"),
 ]
+_COLUMNS = ["dtype", "shape", *_COUNTED, "largest_change"]
 _SHOWN = 12
 
 
@@ -112,7 +113,7 @@ class Difference:
     def total(self) -> dict[str, float]:
         """The sums over all tensors, and the largest change of any."""
         frame = self.to_frame()
-        counts = frame.select_dtypes("integer").sum().to_dict()
+        counts = {name: int(frame[name].sum()) for name in _COUNTED}
         return counts | {"largest_change": float(frame["largest_change"].max())}
 
     def __str__(self) -> str:
@@ -174,6 +175,9 @@ def read_from(state: State, wait: float) -> AbstractContextManager:
 
 def compare(piece: Piece, old: Data, new: Data) -> PieceChange | None:
     """How much of a piece changes; None if nothing does."""
+    if not differing_blocks(old, new).any():
+        return None
+    new = new.copy()  # it may be live memory, and the figures must be of one and the same state
     blocks = int(np.count_nonzero(differing_blocks(old, new)))
     if blocks == 0:
         return None
