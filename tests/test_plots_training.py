@@ -272,7 +272,7 @@ def measured(runs=("without replay", "with replay"), steps=(0, 5, 10), columns=3
 
 
 def test_every_run_is_a_line_in_every_panel():
-    figure = training_curves(measured())
+    figure = training_curves(measured(), unit="nats per token")
     assert [ax.get_title("left") for ax in figure.axes] == ["measure 0", "measure 1", "measure 2"]
     for number, ax in enumerate(figure.axes):
         lines = [line for line in ax.lines if len(line.get_xdata()) == 3]
@@ -283,7 +283,7 @@ def test_every_run_is_a_line_in_every_panel():
         assert list(lines[0].get_xdata()) == [0, 5, 10]
         (start,) = [line for line in ax.lines if line not in lines]
         assert start.get_ydata()[0] == number
-    assert {"without replay", "with replay"} <= set(texts(figure))
+    assert {"without replay", "with replay", "nats per token"} <= set(texts(figure))
 
 
 def test_the_title_tells_how_far_each_measure_went():

@@ -145,12 +145,12 @@ def part_bars(
     return ax.figure
 
 
-def training_curves(frame: pd.DataFrame, *, title: str | None = None) -> Figure:
+def training_curves(frame: pd.DataFrame, *, unit: str = "", title: str | None = None) -> Figure:
     """What was measured between the steps of one or more runs: a panel per measure, a line per run.
 
-    `frame` is indexed by run and step, with a column per measure; a dotted line is where the first
-    run began. Raises AmygdalaError for another index, no rows, a step of a run in two rows, or
-    columns in which nothing was measured.
+    `frame` is indexed by run and step, with a column per measure, all in `unit`; a dotted line is
+    where the first run began. Raises AmygdalaError for another index, no rows, a step of a run in
+    two rows, or columns in which nothing was measured.
     """
     check_frame(frame, "training_curves")
     problems = []
@@ -169,7 +169,7 @@ def training_curves(frame: pd.DataFrame, *, title: str | None = None) -> Figure:
     rows = math.ceil(frame.shape[1] / 3)
     columns = math.ceil(frame.shape[1] / rows)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(max(6.0, 0.8 + 3.6 * columns), 0.7 + 2.6 * rows), squeeze=False,
+        rows, columns, figsize=(max(6.0, 1.0 + 3.6 * columns), 0.7 + 2.6 * rows), squeeze=False,
         sharex=True, layout="constrained",
     )  # fmt: skip
     for ax in axes.flat[frame.shape[1] :]:
@@ -190,6 +190,7 @@ def training_curves(frame: pd.DataFrame, *, title: str | None = None) -> Figure:
             *axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
             ncols=min(len(runs), 4), frameon=False, fontsize=9,
         )  # fmt: skip
+    figure.supylabel(unit, fontsize=10)
     set_suptitle(figure, _course(frame, runs) if title is None else title)
     return figure
 

@@ -130,7 +130,7 @@ def train(
         settings = {"seed": seed, **settings}
     setting = {
         "objective": repr(objective),
-        "optimizer": getattr(optimizer, "__qualname__", repr(optimizer)),
+        "optimizer": _name_of(optimizer),
         "settings": {name: repr(value) for name, value in sorted(settings.items())},
         "batches": _hash([[_ids(example) for example in batch] for batch in batches]),
         "watch": _hash([_ids(example) for example in watch]),
@@ -298,18 +298,18 @@ def _wrong_choices(
     optimizer: Callable[..., Optimizer],
     run: SavedRun | None,
 ) -> list[str]:
-    problems = []
+    name, problems = _name_of(optimizer), []
     if schedule not in SCHEDULES:
         problems.append(f"no schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
     if step_in_backward and not hasattr(optimizer, "step_in_backward"):
-        problems.append(f"{optimizer} cannot step in backward: use Apollo")
+        problems.append(f"{name} cannot step in backward: use Apollo")
     if step_in_backward and (clip is not None or accumulate > 1):
         problems.append(
             "step_in_backward can neither clip nor accumulate, the whole gradient is never there: "
             "leave out clip and accumulate, or step_in_backward"
         )
     if run is not None and not hasattr(optimizer, "save_state"):
-        problems.append(f"{optimizer} cannot save its state to a folder: use Apollo, or no folder")
+        problems.append(f"{name} cannot save its state to a folder: use Apollo, or no folder")
     return problems
 
 
@@ -365,6 +365,10 @@ def _wrong_readout(
     if readout is not None and not isinstance(lm, LanguageModel):
         return ["reading texts takes a tokenizer: pass the LanguageModel, not its model"]
     return []
+
+
+def _name_of(optimizer: Callable[..., Optimizer]) -> str:
+    return getattr(optimizer, "__qualname__", repr(optimizer))
 
 
 def _ids(example: Example) -> list[tuple[int, ...] | None]:
