@@ -31,3 +31,7 @@ class TrainingError(AmygdalaError):
 
 class CheckpointError(AmygdalaError):
     """A checkpoint folder, or what is to be written to it, is not what it must be."""
+
+
+class LiveError(AmygdalaError):
+    """The weights a server serves from cannot be shared, trained or read."""

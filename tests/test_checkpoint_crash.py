@@ -217,7 +217,9 @@ def test_a_sync_killed_at_any_instant_leaves_one_of_two_states(tmp_path):
         if number < KILLS:
             time.sleep(draw.uniform(0, 2.4 * seconds))
         else:  # aim at the time in which the shards are written
+            until = time.monotonic() + 60
             while not journal_path(folder).exists():
+                assert time.monotonic() < until, "the child does not get to write"
                 time.sleep(0.0001)
             time.sleep(draw.uniform(0, seconds / 20))
         os.kill(pid, signal.SIGKILL)

@@ -24,10 +24,13 @@ def each_piece(
     At most 4 threads; no more than two results a thread are waiting, so that memory stays bounded.
     An exception in `function` ends it. A bar is shown if it takes longer than two seconds.
     """
+    results = zip(pieces, _in_order(function, pieces), strict=True)
+    if not progress:  # even a disabled bar takes a lock that forked processes share
+        yield from results
+        return
     total = sum(piece.n_bytes for piece in pieces)
-    scale = {"unit": "B", "unit_scale": True, "delay": 2}
-    with tqdm(total=total, desc=what, disable=not progress, **scale) as bar:
-        for piece, result in zip(pieces, _in_order(function, pieces), strict=True):
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=2) as bar:
+        for piece, result in results:
             yield piece, result
             bar.update(piece.n_bytes)
 
