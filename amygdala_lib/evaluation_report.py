@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from . import plots
 from .artefacts import replacing
 from .evaluate import Evaluation, Recommendation
+from .models import EMBEDDING
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -45,7 +46,7 @@ def _sections(evaluation: Evaluation, best: Recommendation) -> list[str]:
     concepts = _rows(evaluation.concepts, here)
     of_split = _rows(evaluation.summary, {"split": best.split})
     chosen = _rows(evaluation.summary, {"method": best.method, "layer": best.layer})
-    nulls = _rows(evaluation.nulls, {"layer": best.layer, "split": best.split})
+    nulls = _rows(evaluation.nulls, here)
     random = nulls[nulls["kind"] == "random directions"].iloc[0]
     title = f"Concept directions of {origin.get('model', 'a model')}, validated"
     parts = [
@@ -81,6 +82,8 @@ def _sections(evaluation: Evaluation, best: Recommendation) -> list[str]:
 def _method_text(evaluation: Evaluation, best: Recommendation) -> str:
     origin = evaluation.provenance
     left_out = "".join(f" No split {name!r}: {why}." for name, why in evaluation.left_out.items())
+    if EMBEDDING not in evaluation.summary["layer"].to_numpy():
+        left_out += " Not compared with the embeddings: they are layer -1, which was not captured."
     return (
         f"Directions are extracted anew for every fold; nothing is computed from the texts that "
         f"are tried. Intervals are 95%, of {origin.get('draws')} bootstrap samples; p-values are "
@@ -107,7 +110,7 @@ def _facts(origin: dict) -> dict[str, str]:
 def _present(summary: pd.DataFrame) -> list[str]:
     wanted = ("median_auroc", "median_low", "median_high", "embedding_median_auroc",
               "words_median_auroc", "top1", "top5", "family", "significant")  # fmt: skip
-    return [name for name in wanted if name in summary]
+    return [name for name in wanted if name in summary and summary[name].notna().any()]
 
 
 def _rows(frame: pd.DataFrame, values: dict[str, object]) -> pd.DataFrame:

@@ -141,6 +141,7 @@ def _run_child(
     """Execute the notebook in a child; its report: `peak_memory_mb`, and `error` if it failed."""
     environment = {"TQDM_MININTERVAL": "10", **os.environ}  # else saved bars fill the page
     environment.pop("MPLBACKEND", None)  # a backend set for the shell would hide inline figures
+    environment.pop("JPY_SESSION_NAME", None)  # of the notebook this may have been called from
     # The notebook must use the library that runs it, installed or not.
     search = [str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, search))

@@ -159,11 +159,12 @@ def test_validate_writes_figures_and_a_page_that_stands_alone(
     runs, model_folder, corpus_folder, capsys
 ):
     asked = ["--model", str(model_folder("qwen3_5")), "--corpus", str(corpus_folder)]
-    methods = ["--methods", "pooled,centred", "--layers=-1,2", "--pool", "mean"]
+    methods = ["--methods", "pooled,centred", "--pool", "mean"]
     assert main(["validate", *asked, *methods, "--run", "mine", "--report"]) == 0
     assert "median AUROC" in capsys.readouterr().out
     found = Evaluation.load(runs / "mine")
     assert set(found.summary.method) == {"pooled", "centred"}
+    assert -1 in set(found.summary.layer), "the embeddings stand beside every figure"
     page = (runs / "mine" / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert str(found.recommend()) in html.unescape(page)

@@ -119,6 +119,7 @@ def _read(
     """Activations as the methods `names` need them, the corpus, and options for the methods."""
     import amygdala_lib as amy
     from amygdala_lib.directions import methods
+    from amygdala_lib.models import EMBEDDING, default_layers
 
     if unknown := [name for name in names if name not in methods]:
         raise AmygdalaError(
@@ -132,7 +133,10 @@ def _read(
     lm = amy.load_model(arguments.model)
     print(lm)
     texts = corpus.all_texts if heldout else corpus.texts
-    acts = amy.capture(lm, texts, arguments.layers, pool=pool)
+    layers = arguments.layers
+    if layers is None and heldout:  # the embeddings stand beside every figure of a validation
+        layers = [EMBEDDING, *default_layers(len(lm.layers))]
+    acts = amy.capture(lm, texts, layers, pool=pool)
     options = {}
     if any("neutral" in method.options for method in chosen):
         options["neutral"] = amy.capture(lm, corpus.neutral, acts.layers, pool=pool)

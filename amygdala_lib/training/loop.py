@@ -44,6 +44,8 @@ class Loop:
     clip: float | None
     step_in_backward: bool
     dry_run: bool
+    optimizer: Optimizer | None = None
+    """One that goes on from an earlier run; `make` makes it otherwise."""
     reference: dict[Any, list[float]] = field(default_factory=dict)
     gradients: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Squared norms, summed over the steps."""
@@ -51,7 +53,7 @@ class Loop:
     """In a dry run: norm of the first step's change, changed share, and change of the loss."""
 
     def __post_init__(self) -> None:
-        self.optimizer = self.make(list(self.trained.items()))
+        self.optimizer = self.optimizer or self.make(list(self.trained.items()))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
     def go_on_from(self, path: Path) -> None:
@@ -145,7 +147,9 @@ class Loop:
         self, examples: list[Example], what: str, progress: bool
     ) -> Iterator[tuple[SequenceLogProbs, SequenceLogProbs | None]]:
         parts = range(0, len(examples), self.at_once)
-        for first in tqdm(parts, desc=what, unit="batch", disable=not progress, leave=False):
+        for first in tqdm(
+            parts, desc=what, unit="batch", disable=not (progress and parts), leave=False
+        ):
             part = examples[first : first + self.at_once]
             pairs = [e for e in part if e.rejected_ids is not None]
             scores = SequenceLogProbs.of(
