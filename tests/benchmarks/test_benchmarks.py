@@ -88,3 +88,68 @@ def test_every_method_is_evaluated_in_folds(tmp_path):
     figures = json.loads(out.read_text())
     run_methods = {*figures["together"]["methods"], *figures["subspace"]["methods"]}
     assert run_methods == set(methods)
+
+
+SMALL = {
+    "bench_apollo": ["--hidden", "64", "--memory-hidden", "64", "--repeats", "1"],
+    "bench_pretraining": [
+        *("--hidden", "64", "--layers", "4", "--tokens", "20000"),
+        *("--seeds", "1", "--grid", "2e-3"),
+    ],
+    "bench_frozen_context": [
+        *("--context", "64", "--continuation", "8", "--hidden", "128", "--layers", "4"),
+        *("--repeats", "1"),
+    ],
+    "bench_checkpoint": ["--gigabytes", "0.01", "--repeats", "1"],
+    "bench_encodings": ["--megabytes", "1", "--repeats", "1", "--tools"],
+}
+"""Arguments with which a benchmark takes seconds: its figures mean nothing then."""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    def figures(module: str) -> dict:
+        out = tmp_path_factory.mktemp(module) / "figures.json"
+        done = run(*SMALL[module], "--json", str(out), module=module)
+        assert done.returncode == 0, done.stderr
+        return json.loads(out.read_text())
+
+    return figures
+
+
+@pytest.mark.slow
+def test_optimizers_are_compared_by_time_state_and_memory(small):
+    figures = small("bench_apollo")
+    for case in figures["steps"]:
+        assert {"AdamW, foreach", "Apollo, rank 64"} <= set(case["seconds"])
+        assert case["state_bytes_per_parameter"]["AdamW, foreach"] == pytest.approx(8, abs=0.01)
+    assert "Apollo, step in backward" in figures["peaks"]
+
+
+@pytest.mark.slow
+def test_optimizers_pre_train_from_the_same_first_weights(small):
+    optimizers = small("bench_pretraining")["optimizers"]
+    assert {"AdamW", "Apollo"} <= set(optimizers)
+
+
+@pytest.mark.slow
+def test_a_frozen_context_has_the_loss_of_full_backpropagation(small):
+    for family in small("bench_frozen_context")["families"].values():
+        losses = {name: case["loss"] for name, case in family["cases"].items()}
+        assert losses["frozen"] == pytest.approx(losses["whole"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_sync_writes_the_blocks_that_changed_and_no_more(small):
+    figures = small("bench_checkpoint")
+    counted = figures["bytes"]
+    assert counted["changed"] <= counted["written into shards"] < 0.01 * counted["model"]
+    assert len(figures["comparisons"]) == 5
+
+
+@pytest.mark.slow
+def test_every_encoding_gives_back_what_it_was_given(small):
+    figures = small("bench_encodings")
+    assert len(figures["cases"]) == 48
+    for case in figures["cases"]:
+        assert 0 < case["ours"]["n_bytes"] < 1_100_000
