@@ -113,19 +113,19 @@ def train(
     objective, examples, replay = as_objective(objective), list(examples), list(replay)
     watch = examples[:_WATCHED] if watch is None else list(watch)
     check_model(model)
-    trained = _chosen(model, parameters)
+    trained = chosen_parameters(model, parameters)
     run = None if folder is None or dry_run else SavedRun(Path(folder))
     problems = [
         *_wrong_numbers(batch_size, epochs, steps, accumulate, save_every, warmup_steps, clip),
         *_wrong_choices(schedule, step_in_backward, clip, accumulate, optimizer, run),
-        *_wrong_examples(model, objective, examples=examples, replay=replay, watch=watch),
-        *_wrong_parameters(trained, parameters, keep_before and not dry_run),
+        *wrong_examples(model, objective, examples=examples, replay=replay, watch=watch),
+        *wrong_parameters(trained, parameters, keep_before and not dry_run),
         *_wrong_readout(lm, readout, texts),
         *([] if run is None else run.lacking_room(trained)),
     ]
     if problems:
         raise TrainingError("\n".join(problems))
-    batches = _batches(examples, replay, batch_size, replay_share, epochs, steps, seed)
+    batches = batches_of(examples, replay, batch_size, replay_share, epochs, steps, seed)
     if "seed" in inspect.signature(optimizer).parameters:
         settings = {"seed": seed, **settings}
     setting = {
@@ -149,7 +149,7 @@ def train(
         except TypeError as error:
             raise TrainingError(f"{setting['optimizer']} takes other settings: {error}") from error
 
-    with _trainable(model, trained):
+    with trainable(model, trained):
         loop = Loop(
             model=model,
             objective=objective,
@@ -208,7 +208,7 @@ def _measure(
 
 
 @contextmanager
-def _trainable(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def trainable(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Gradients for the chosen parameters and for no others, and no dropout; then as it was."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
@@ -242,7 +242,7 @@ def _go_back(run: SavedRun, loop: Loop, first_weights: str, weights: str) -> int
     return step
 
 
-def _batches(
+def batches_of(
     examples: list[Example],
     replay: list[Example],
     batch_size: int,
@@ -261,7 +261,8 @@ def _batches(
     return mixed[:steps]
 
 
-def _chosen(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+def chosen_parameters(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Those of floating-point numbers whose name fits one of the patterns, tied ones once."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -313,9 +314,10 @@ def _wrong_choices(
     return problems
 
 
-def _wrong_examples(
+def wrong_examples(
     model: PreTrainedModel, objective: Objective, **sets: list[Example]
 ) -> list[str]:
+    """Why a model cannot be trained on sets of examples, of which `examples` is one."""
     problems = [] if sets["examples"] else ["no examples: give at least one"]
     for which, examples in sets.items():
         rejected = [e for e in examples if e.rejected_ids is not None]
@@ -336,9 +338,10 @@ def _wrong_examples(
     return problems
 
 
-def _wrong_parameters(
-    trained: Mapping[str, nn.Parameter], patterns: Sequence[str], keeps: bool
+def wrong_parameters(
+    trained: Mapping[str, nn.Parameter], patterns: Sequence[str], keeps: bool = False
 ) -> list[str]:
+    """Why these cannot be trained; `keeps`: with a copy of them in main memory."""
     problems = []
     unmatched = [p for p in patterns if not any(fnmatchcase(name, p) for name in trained)]
     if unmatched or not trained:
