@@ -19,7 +19,9 @@ from amygdala_lib.plots.training import (
     GROUPS,
     gradient_map,
     group_of,
+    interval_panels,
     part_bars,
+    sweep_grid,
     training_curves,
 )
 from amygdala_lib.training import train
@@ -242,6 +244,15 @@ def test_bars_are_the_last_column_longest_first_in_the_colour_of_their_group():
     assert title(figure) == "Share lost: A_log 0.80, q_proj 0.10"
 
 
+def test_bars_go_to_the_left_of_0_where_a_part_is_below_it():
+    frame = lost()
+    frame.loc["mlp.up_proj", "all"] = -0.3
+    ax = part_bars(frame, unit="cosine").axes[0]
+    assert [bar.get_width() for bar in ax.patches] == [0.8, 0.1, -0.3]
+    assert ax.get_xlim()[0] < -0.3
+    assert part_bars(lost(), unit="share lost").axes[0].get_xlim()[0] == 0
+
+
 def test_bars_without_a_number_are_left_out():
     frame = lost()
     frame.loc["mlp.up_proj", "all"] = np.nan
@@ -317,3 +328,138 @@ def test_panels_are_as_many_as_measures(columns, runs):
 def test_curves_of_nothing_are_refused(damage, said):
     with pytest.raises(AmygdalaError, match=said):
         training_curves(damage(measured()))
+
+
+# Sweeps
+
+LABELS = {"lr": "learning rate", "share": "share of cues", "harm": "perplexity ratio"}
+
+
+def swept(panels=("SFT", "DPO"), runs=("chosen", "rejected"), xs=(1e-4, 3e-4, 1e-3)):
+    index = ["measure", "panel", "run", "lr"]
+    keys = pd.MultiIndex.from_product([["share", "harm"], panels, runs, xs], names=index)
+    frame = pd.DataFrame({"value": np.arange(len(keys), dtype=float)}, keys).reset_index()
+    return frame.assign(low=frame["value"] - 1, high=frame["value"] + 1)
+
+
+def test_every_run_is_a_line_with_its_band_in_the_panel_of_its_measure():
+    frame = swept().sample(frac=1, random_state=0)  # in whatever order
+    frame = frame.sort_values(["measure", "panel", "run"], ascending=False, kind="stable")
+    figure = sweep_grid(frame, "lr", labels=LABELS, title="Mine", log_x=True)
+    assert title(figure) == "Mine" and len(figure.axes) == 4
+    assert [ax.get_title("left") for ax in figure.axes] == ["SFT", "DPO", "", ""]
+    wanted = swept().set_index(["measure", "panel", "run", "lr"])["value"].sort_index()
+    places = [(m, p) for m in ("share", "harm") for p in ("SFT", "DPO")]
+    for ax, (measure, panel) in zip(figure.axes, places, strict=True):
+        assert ax.get_xscale() == "log" and len(ax.collections) == 2
+        for line, run in zip(ax.lines, ("rejected", "chosen"), strict=True):
+            assert list(line.get_ydata()) == wanted[measure, panel, run].to_list()
+            assert list(line.get_xdata()) == [1e-4, 3e-4, 1e-3]
+    assert {"learning rate", "share of cues", "perplexity ratio", "95% interval"} <= set(
+        texts(figure)
+    )
+
+
+def test_a_measure_has_one_scale_and_a_line_where_it_was_before():
+    figure = sweep_grid(swept(), "lr", labels=LABELS, title="A finding", baseline={"harm": 1.0})
+    first, second, third, fourth = figure.axes
+    assert first.get_ylim() == second.get_ylim() != third.get_ylim() == fourth.get_ylim()
+    assert [len(ax.lines) for ax in figure.axes] == [2, 2, 3, 3]
+    dotted = third.lines[0]
+    assert dotted.get_linestyle() == ":" and dotted.get_ydata()[0] == 1.0
+    assert "before" in texts(figure)
+
+
+def test_values_without_an_interval_and_runs_without_a_panel_are_drawn_all_the_same():
+    frame = swept().assign(low=np.nan, high=np.nan)
+    frame = frame[(frame["panel"] == "SFT") | (frame["run"] == "chosen")]
+    figure = sweep_grid(frame, "lr", labels=LABELS, title="A finding")
+    lines = [[len(line.get_xdata()) for line in ax.lines] for ax in figure.axes]
+    assert lines == [[3, 3], [3], [3, 3], [3]]
+    assert "95% interval" not in texts(figure)
+
+
+def test_points_are_joined_by_dose_where_x_is_an_effect():
+    frame = swept(["SFT"], ["chosen"]).rename(columns={"lr": "dose"})
+    frame["effect"] = [0.2, 0.9, 0.9, 0.2, 0.9, 0.5]
+    labels = LABELS | {"effect": "effect"}
+    figure = sweep_grid(frame, "effect", labels=labels, title="A finding", along="dose")
+    shown = [list(ax.lines[0].get_xdata()) for ax in figure.axes]
+    assert shown == [[0.2, 0.9, 0.9], [0.2, 0.9, 0.5]]
+
+
+@pytest.mark.parametrize("panels", [1, 4])
+def test_a_grid_can_be_read(panels):
+    frame = swept([f"objective {i}" for i in range(panels)], xs=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3))
+    figure = sweep_grid(frame, "lr", labels=LABELS, title="A finding", log_x=True)
+    figure.draw_without_rendering()
+    bottom = figure.axes[-1]
+    shown = [t for t in bottom.get_xticklabels() if t.get_text()]
+    assert do_not_overlap(shown, figure, "x")
+    assert figure.get_size_inches()[0] < 12
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: f.drop(columns=["run", "low"]), "columns run, low"),
+        (lambda f: f.iloc[:0], "empty frame"),
+        (lambda f: pd.concat([f, f]), "at one lr: SFT, chosen, share, 0.0001 is twice"),
+        (lambda f: f.assign(value=np.nan), "nothing to draw"),
+        (lambda f: f.replace({"measure": {"harm": "cost"}}), "labels of cost"),
+        (lambda f: f.assign(lr=f["lr"] - 1e-4), "lr 0 on a logarithmic axis"),
+    ],
+)
+def test_a_grid_of_nothing_is_refused(damage, said):
+    with pytest.raises(AmygdalaError, match=said):
+        sweep_grid(damage(swept()), "lr", labels=LABELS, title="A finding", log_x=True)
+    assert not plt.get_fignums(), "no empty figure is left"
+
+
+# Ways compared
+
+
+def ways(names=("as it is", "taken out", "random"), measures=("share", "harm")):
+    keys = pd.MultiIndex.from_product([measures, names], names=["measure", "way"])
+    frame = pd.DataFrame({"value": np.arange(len(keys), dtype=float)}, keys).reset_index()
+    return frame.assign(low=frame["value"] - 1, high=frame["value"] + 2)
+
+
+def test_every_way_is_a_dot_with_its_interval_and_the_first_at_the_top():
+    figure = interval_panels(ways(), labels=LABELS, title="Mine")
+    assert title(figure) == "Mine"
+    for number, ax in enumerate(figure.axes):
+        base, *marks = ax.lines
+        assert base.get_xdata()[0] == 3 * number and base.get_linestyle() == ":"
+        for place, (bar, dot) in enumerate(zip(marks[::2], marks[1::2], strict=True)):
+            value = 3 * number + place
+            assert list(bar.get_xdata()) == [value - 1, value + 2]
+            assert list(dot.get_xdata()) == [value] and list(dot.get_ydata()) == [2 - place]
+    figure.draw_without_rendering()
+    named = figure.axes[0].get_yticklabels()
+    assert [t.get_text() for t in named] == ["as it is", "taken out", "random"]
+    assert do_not_overlap(named, figure, "y")
+    assert {"share of cues", "perplexity ratio"} <= set(texts(figure))
+
+
+def test_a_way_that_a_measure_does_not_have_is_left_out_there():
+    frame = ways()
+    frame = frame[(frame["measure"] == "share") | (frame["way"] != "as it is")]
+    figure = interval_panels(frame, labels=LABELS, title="A finding")
+    assert [len(ax.lines) for ax in figure.axes] == [7, 4]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: f.drop(columns=["way"]), "columns way"),
+        (lambda f: f.iloc[:0], "empty frame"),
+        (lambda f: pd.concat([f, f]), "as it is, share is there twice"),
+        (lambda f: f.assign(value=np.nan), "nothing to draw"),
+        (lambda f: f.replace({"measure": {"harm": "cost"}}), "labels of cost"),
+    ],
+)
+def test_ways_of_nothing_are_refused(damage, said):
+    with pytest.raises(AmygdalaError, match=said):
+        interval_panels(damage(ways()), labels=LABELS, title="A finding")
+    assert not plt.get_fignums(), "no empty figure is left"

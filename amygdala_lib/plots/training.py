@@ -1,8 +1,10 @@
-"""Training: where a gradient went, layer by layer and part by part, and how runs went on."""
+"""Training: where a gradient went, layer by layer and part by part, and what came of runs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from itertools import product
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -12,6 +14,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -25,6 +28,7 @@ from .style import (
     ORANGE,
     PALETTE,
     SEQUENTIAL,
+    Colour,
     darkened,
     every,
     hatch_missing,
@@ -34,6 +38,7 @@ from .style import (
     readable,
     set_suptitle,
     set_title,
+    wrapped,
 )
 
 GROUPS = {**KINDS, "MLP": BLUE, "norms": (0.55, 0.55, 0.55), "other": PALETTE[4]}
@@ -108,9 +113,9 @@ def part_bars(
 ) -> Figure:
     """One bar per part, the longest at the top, coloured by what the part belongs to.
 
-    `frame` has a row per part (`self_attn.q_proj`), all of them 0 or above. Bars are its last
-    column; columns before it, if there are any, are marked on the bars. Raises AmygdalaError for no
-    rows, no columns, a part in two rows, or nothing measured in the last column.
+    `frame` has a row per part (`self_attn.q_proj`). Bars are its last column; columns before it, if
+    there are any, are marked on the bars. Raises AmygdalaError for no rows, no columns, a part in
+    two rows, or nothing measured in the last column.
     """
     check_frame(frame, "part_bars", each="part")
     column = frame.columns[-1]
@@ -119,7 +124,8 @@ def part_bars(
     groups = [group_of(part) for part in rows.index]
     if ax is None:
         height = 1.6 + 0.26 * min(len(rows), MANY)
-        _, ax = plt.subplots(figsize=(7.5, height), layout="constrained")
+        width = max(7.5, 2.0 + 1.3 * (len(set(groups)) + frame.shape[1] - 1))  # for the legend
+        _, ax = plt.subplots(figsize=(width, height), layout="constrained")
     places = np.arange(len(rows))[::-1]
     ax.barh(places, rows[column], height=0.7, color=[GROUPS[group] for group in groups])
     handles = [Patch(color=GROUPS[group], label=group) for group in GROUPS if group in groups]
@@ -133,7 +139,10 @@ def part_bars(
     ax.set_yticks(places[shown], [short_name(part) for part in rows.index[shown]])
     ax.tick_params(axis="y", length=0, labelsize=9)
     ax.set(xlabel=unit, ylim=(-0.7, len(rows) - 0.3))
-    ax.set_xlim(left=0)
+    if rows.min(axis=None) >= 0:
+        ax.set_xlim(left=0)
+    else:
+        ax.axvline(0, color="0.3", linewidth=0.8)
     legend_above(ax, handles)
     first, last = rows.index[0], rows.index[-1]
     found = (
@@ -195,6 +204,116 @@ def training_curves(frame: pd.DataFrame, *, unit: str = "", title: str | None = 
     return figure
 
 
+def sweep_grid(
+    frame: pd.DataFrame,
+    x: str,
+    *,
+    labels: Mapping[str, str],
+    title: str,
+    along: str | None = None,
+    log_x: bool = False,
+    baseline: Mapping[str, float] | None = None,
+) -> Figure:
+    """Small multiples of a sweep: a row per measure, a column per panel, a line per run.
+
+    `frame` has a row per point: the columns panel, run, measure, `x`, value, and low and high, the
+    ends of its interval (NaN for none). Panels, runs and measures stand in the order they first
+    have. A run's points are joined in the order of the column `along`: `x`, if there is none, or
+    the dose where `x` is an effect. `labels` are the axes' by name of a measure, and that of `x`; a
+    measure's panels share its scale. `baseline` is where a measure was before anything was done, a
+    dotted line.
+
+    Raises AmygdalaError for absent columns, no rows, two points of a run at one `along`, a measure
+    or x without a label, nothing measured, or an x of 0 or less on a logarithmic axis.
+    """
+    along = x if along is None else along
+    _check_sweep(frame, x, along, labels, log_x)
+    panels, runs, measures = (list(dict.fromkeys(frame[c])) for c in ("panel", "run", "measure"))
+    figure, axes = plt.subplots(
+        len(measures), len(panels), squeeze=False, sharex=True, sharey="row", layout="constrained",
+        figsize=(max(7.0, 1.2 + 2.5 * len(panels)), 1.3 + 2.0 * len(measures)),
+    )  # fmt: skip
+    palette = dict(zip(runs, PALETTE * (1 + len(runs) // len(PALETTE)), strict=False))
+    for (measure, panel), ax in zip(product(measures, panels), axes.flat, strict=True):
+        if baseline and measure in baseline:
+            ax.axhline(baseline[measure], color="0.5", linewidth=0.8, linestyle=":", zorder=0)
+        rows = frame[(frame["measure"] == measure) & (frame["panel"] == panel)]
+        for run, line in rows.groupby("run", sort=False):
+            _draw_run(ax, line.sort_values(along), x, palette[run], band=along == x)
+        if log_x:
+            ax.set_xscale("log")
+            ticks = sorted(frame[x].unique())
+            ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+            ax.minorticks_off()
+        sns.despine(ax=ax)
+    for ax, panel in zip(axes[0], panels, strict=True):
+        ax.set_title(readable(panel), loc="left", fontsize=10, weight="bold")
+    for ax, measure in zip(axes[:, 0], measures, strict=True):
+        ax.set_ylabel(wrapped(labels[measure], 26), fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel(labels[x], fontsize=9)
+    handles = [Line2D([], [], color=palette[r], marker="o", label=readable(r)) for r in runs]
+    handles = handles if len(runs) > 1 else []
+    if frame["low"].notna().any():
+        style = {"label": "95% interval", "color": "0.75"}
+        handles.append(Patch(**style) if along == x else Line2D([], [], **style))
+    if baseline:
+        handles.append(Line2D([], [], color="0.5", linewidth=0.8, linestyle=":", label="before"))
+    if handles:
+        figure.legend(
+            handles=handles, loc="outside lower center", frameon=False, fontsize=9,
+            ncols=min(len(handles), int(figure.get_figwidth() / 1.5)),
+        )  # fmt: skip
+    set_suptitle(figure, title)
+    return figure
+
+
+def interval_panels(frame: pd.DataFrame, *, labels: Mapping[str, str], title: str) -> Figure:
+    """What several ways lead to: a row per way, a panel per measure, a dot with its interval.
+
+    `frame` has a row per dot: the columns way, measure, value, and low and high, the ends of its
+    interval (NaN for none). Ways and measures stand in the order they first have; a dotted line
+    goes down from the first way, what the others are held against. `labels` are the axes' by name
+    of a measure. Raises AmygdalaError for absent columns, no rows, a way twice in a measure, a
+    measure without a label, or nothing measured.
+    """
+    check_frame(frame, "interval_panels", ["way", "measure", "value", "low", "high"])
+    check_measured(frame["value"], "interval_panels")
+    ways, measures = (list(dict.fromkeys(frame[column])) for column in ("way", "measure"))
+    problems = []
+    if frame.duplicated(["way", "measure"]).any():
+        twice = frame[frame.duplicated(["way", "measure"])].iloc[0]
+        place = f"{twice['way']}, {twice['measure']}"
+        problems.append(
+            f"interval_panels draws one dot per way and measure: {place} is there twice"
+        )
+    if unnamed := [name for name in measures if name not in labels]:
+        problems.append(f"interval_panels needs labels of {', '.join(unnamed)}")
+    if problems:
+        raise AmygdalaError("\n".join(problems))
+    figure, axes = plt.subplots(
+        1, len(measures), squeeze=False, sharey=True, layout="constrained",
+        figsize=(2.0 + 2.4 * len(measures), 1.3 + 0.3 * len(ways)),
+    )  # fmt: skip
+    height = {way: len(ways) - 1 - place for place, way in enumerate(ways)}
+    for ax, measure in zip(axes[0], measures, strict=True):
+        rows = frame[frame["measure"] == measure].set_index("way")
+        if ways[0] in rows.index:
+            ax.axvline(rows.loc[ways[0], "value"], color="0.5", linewidth=0.8, linestyle=":")
+        for way, row in rows.iterrows():
+            colour = "0.45" if way == ways[0] else BLUE
+            ax.plot([row["low"], row["high"]], [height[way]] * 2, color=colour, linewidth=2)
+            ax.plot(row["value"], height[way], color=colour, marker="o", markersize=6)
+        ax.set_xlabel(labels[measure], fontsize=9)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="y", color="0.93", linewidth=0.8)
+        sns.despine(ax=ax, left=True)
+    axes[0, 0].set_yticks(list(height.values()), [readable(way) for way in ways])
+    axes[0, 0].set_ylim(-0.6, len(ways) - 0.4)
+    set_suptitle(figure, title)
+    return figure
+
+
 def group_of(part: str) -> str:
     """The one of `GROUPS` a part belongs to, by how models name theirs."""
     owner = part.lower().split(".")[0]
@@ -205,6 +324,35 @@ def group_of(part: str) -> str:
     if "attn" in owner or "attention" in owner:
         return "attention"
     return "MLP" if any(word in owner for word in ("mlp", "moe", "feed_forward")) else "other"
+
+
+def _check_sweep(
+    frame: pd.DataFrame, x: str, along: str, labels: Mapping[str, str], log_x: bool
+) -> None:
+    """Raises AmygdalaError as `sweep_grid` says."""
+    columns = ["panel", "run", "measure", x, along, "value", "low", "high"]
+    check_frame(frame, "sweep_grid", dict.fromkeys(columns))
+    check_measured(frame["value"], "sweep_grid")
+    problems = []
+    point = ["panel", "run", "measure", along]
+    if (again := frame.duplicated(point)).any():
+        place = ", ".join(map(str, frame.loc[again, point].iloc[0]))
+        problems.append(f"sweep_grid draws one point of a run at one {along}: {place} is twice")
+    if unnamed := [name for name in [*frame["measure"].unique(), x] if name not in labels]:
+        problems.append(f"sweep_grid needs labels of {', '.join(unnamed)}")
+    if log_x and (least := frame[x].min()) <= 0:
+        problems.append(f"sweep_grid cannot draw {x} {least:g} on a logarithmic axis")
+    if problems:
+        raise AmygdalaError("\n".join(problems))
+
+
+def _draw_run(ax: Axes, line: pd.DataFrame, x: str, colour: Colour, *, band: bool) -> None:
+    """One run's points, joined, with their intervals."""
+    if band:
+        ax.fill_between(line[x], line["low"], line["high"], color=colour, alpha=0.18, linewidth=0)
+    else:  # where x goes back and forth a band would cross itself
+        ax.vlines(line[x], line["low"], line["high"], color=colour, alpha=0.4)
+    ax.plot(line[x], line["value"], color=colour, marker="o", markersize=4)
 
 
 def _relative(changes: pd.DataFrame, of: str) -> pd.Series:
