@@ -675,6 +675,7 @@ def test_the_same_process_cannot_write_while_it_reads(folder, changed):
 # Rollback and history
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=15)
 @given(data=st.data())
 def test_every_state_comes_back_byte_for_byte(tmp_path, data):

@@ -89,6 +89,7 @@ def test_no_texts_have_no_rows_but_their_columns(world):
     assert list(told(world, [], {"calm"}).columns) == ["share", "named", "ungrammatical"]
 
 
+@pytest.mark.slow
 def test_pairs_are_the_models_own_and_the_grammar_tells_them_apart(demo, world):
     pleasant = {s for s, entry in world.grammar["states"].items() if entry["valence"] > 0}
     first = openings(world, "train", 3, seed=1)

@@ -178,6 +178,7 @@ def test_nothing_is_left_in_the_client_when_it_lets_go(served):
     assert mappings() == []
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_a_server_that_ends(model_folder, runtime):
     server = Server()
     descriptors_before = server.ask("descriptors")

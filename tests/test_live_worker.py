@@ -414,6 +414,7 @@ def kept(request, model_folder, tmp_path):
     return Kept(model_folder(getattr(request, "param", "qwen3_5")), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["qwen3_5", "qwen3_next"], indirect=True)
 def test_a_checkpoint_has_what_was_trained_and_a_rollback_brings_all_of_it_back(kept):
     """Of a mixture of experts, too, whose weights are saved in other pieces."""
@@ -609,6 +610,7 @@ class Served:
         self.wait_for(self.supervisor.stop(checkpoint=False))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.shutdown()
+        self._loop.close()
         self.server.end()
 
 
@@ -704,6 +706,7 @@ def test_the_runtime_folder_is_private(served):
     assert {name: mode for name, mode in modes.items() if mode & 0o077} == {}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_running_server_and_back(served):
     served.ready()
     start = served.request(do="checkpoint", timeout=None)

@@ -168,6 +168,7 @@ def test_a_file_belongs_to_the_notebook_that_wrote_it_last(two):
         assert not why(two, "00_write") and not why(two, "01_read")
 
 
+@pytest.mark.slow
 def test_stops_at_the_failing_cell_and_goes_on_from_there(two, capsys):
     write_notebook(two, "02_last", "run")
     assert results(run_notebooks(["0", "1"], root=two)) == ["ran", "ran"]
@@ -296,6 +297,7 @@ def sleeping_runner(root: Path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_two_runners_do_not_share_a_run_and_ctrl_c_leaves_nothing_behind(tmp_path):
     with sleeping_runner(tmp_path) as process:
         with pytest.raises(NotebookError, match="--run NAME"):

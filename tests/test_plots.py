@@ -20,6 +20,7 @@ from amygdala_lib import AmygdalaError, plots
 def closing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
         yield
     plt.close("all")
 

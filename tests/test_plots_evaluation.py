@@ -27,6 +27,7 @@ CLUSTERS = ["fear", "anger", "disgust", "sadness", "self_regard", "joy", "warmth
 def closing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
         yield
     plt.close("all")
 

@@ -25,6 +25,7 @@ STORY = "A cart stood by the gate. Over and over she thought that there was dang
 def closing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
         yield
     plt.close("all")
 

@@ -23,6 +23,7 @@ STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
 def closing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
         yield
     plt.close("all")
 

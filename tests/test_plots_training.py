@@ -38,6 +38,7 @@ EVERYWHERE += ["input_layernorm", "post_attention_layernorm"]
 def closing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
         yield
     plt.close("all")
 
