@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help notebooks lab test test-slow browser lint figures demo-model lock
+.PHONY: help notebooks lab test test-slow test-vllm vllm browser lint figures demo-model lock
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,12 @@ test: $(READY)  ## the fast tests
 
 test-slow: $(READY) browser  ## the slow tests
 	$(BIN)/python -m pytest -m slow
+
+test-vllm: vllm  ## the tests with real vLLM servers
+	.venv-vllm/bin/python -m pytest -m vllm tests/vllm
+
+vllm:  ## an environment of its own for vLLM on the CPU (2 GB)
+	tools/install_vllm.sh
 
 # Playwright's own browser wants system libraries too; where there is apt, chromium brings them.
 browser: $(READY)  ## Chromium for the slow tests, if there is none
@@ -48,7 +54,7 @@ demo-model: $(READY)  ## train the bundled model anew (at most 90 minutes on two
 	$(BIN)/python -m amygdala_lib.demo.release
 
 lock: $(READY)  ## resolve requirements.lock anew; UPGRADE=--upgrade moves every pin
-	$(BIN)/uv pip compile --quiet pyproject.toml --all-extras --universal --python-version 3.10 \
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra notebooks --extra dev --universal --python-version 3.10 \
 		--output-file requirements.lock $(UPGRADE)
 
 $(READY): requirements.lock requirements-nodeps.txt pyproject.toml

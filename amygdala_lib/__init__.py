@@ -1,6 +1,6 @@
 """Find what a language model feels like inside, read it, steer it, and train it in."""
 
-from . import checkpoint
+from . import checkpoint, live
 from .capture import Activations, capture
 from .corpus import Corpus, load_corpus
 from .directions import Directions, extract
@@ -29,6 +29,7 @@ __all__ = [
     "evaluate",
     "extract",
     "frozen_context_loss",
+    "live",
     "load_corpus",
     "load_model",
     "quality_report",

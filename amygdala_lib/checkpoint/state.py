@@ -94,7 +94,7 @@ def source_of(
         other = ModelFolder.of_file(path) if path.is_file() else ModelFolder.open(path)
         held = other.tensors
     else:
-        named = _named(state) if isinstance(state, nn.Module) else state
+        named = named_tensors(state) if isinstance(state, nn.Module) else state
         if strange := [str(name) for name, tensor in named.items() if not _is_dense(tensor)]:
             raise CheckpointError(f"not dense tensors, in the state: {shortened(strange)}")
         held = {name: tensor.detach() for name, tensor in named.items()}
@@ -113,7 +113,7 @@ def source_of(
     return FolderSource(other, found) if other else TensorSource(found), fitting, problems
 
 
-def _named(model: nn.Module) -> Mapping[str, Tensor]:
+def named_tensors(model: nn.Module) -> Mapping[str, Tensor]:
     """A model's tensors by the names, and in the pieces, that it would be saved with."""
     state = model.state_dict()
     return revert_weight_conversion(model, state) if isinstance(model, PreTrainedModel) else state

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from amygdala_lib.cli import checkpoint, corpus, notebooks, reading, training, vectors
+from amygdala_lib.cli import checkpoint, corpus, notebooks, reading, serving, training, vectors
 from amygdala_lib.errors import AmygdalaError
 
 
@@ -28,6 +28,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="amygdala", description="Find, read, steer and train what a language model feels."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (notebooks, vectors, reading, training, checkpoint, corpus):
+    for module in (notebooks, vectors, reading, training, serving, checkpoint, corpus):
         module.add_commands(commands)
     return parser

@@ -16,7 +16,7 @@ from ..checkpoint import diff, history, reading, rollback, sync
 from ..checkpoint.hashes import Hashes
 from ..checkpoint.history import entries, find
 from ..checkpoint.shards import ModelFolder, Piece, StoredTensor
-from ..checkpoint.state import source_of
+from ..checkpoint.state import named_tensors, source_of
 from ..errors import CheckpointError
 from .jobs import Refusal
 from .record import Record
@@ -49,7 +49,7 @@ class Checkpoints:
             return
         try:
             with reading(self.folder, wait=_WAIT):
-                difference = diff(self.folder, self.model, wait=_WAIT, progress=False)
+                difference = diff(self.folder, self._state(), wait=_WAIT, progress=False)
                 hashes = Hashes.current(ModelFolder.open(self.folder))
                 with suppress(OSError):  # a folder that cannot be written to keeps no record
                     hashes.save()
@@ -96,7 +96,7 @@ class Checkpoints:
         record.doing = {"action": "checkpoint"}
         record.save()
         try:
-            change = sync(self.folder, self.model, wait=_WAIT, progress=False, **facts)
+            change = sync(self.folder, self._state(), wait=_WAIT, progress=False, **facts)
         except CheckpointError as error:
             record.doing = None
             record.save()
@@ -197,9 +197,28 @@ class Checkpoints:
                 "the server to serve what is there",
             )
 
+    def _state(self) -> dict[str, Tensor]:
+        with reading(self.folder, wait=_WAIT) as path:
+            return as_stored(ModelFolder.open(path), self.model)
+
     def _holds(self) -> str:
         with reading(self.folder, wait=_WAIT) as path:
             return Hashes.current(ModelFolder.open(path)).weights
+
+
+def as_stored(folder: ModelFolder, model: PreTrainedModel) -> dict[str, Tensor]:
+    """A model's tensors by the folder's names, in the folder's dtypes.
+
+    They are views of the model's memory but for the few that a server keeps wider, as vLLM does
+    the decay rates of GatedDeltaNet (`A_log`, float32 of bfloat16): these are rounded copies. So
+    what a server goes on with after a checkpoint is not rounded, and what it starts with from the
+    folder is.
+    """
+    dtypes = {name: stored.dtype for name, stored in folder.tensors.items()}
+    return {
+        name: tensor.detach().to(dtypes.get(name, tensor.dtype))
+        for name, tensor in named_tensors(model).items()
+    }
 
 
 @torch.no_grad()
@@ -210,22 +229,22 @@ def put_back(folder: Path, model: PreTrainedModel) -> None:
     """
     with reading(folder, wait=_WAIT) as path:
         opened = ModelFolder.open(path)
-        source, tensors, problems = source_of(opened, model, None, False)
+        _, tensors, problems = source_of(opened, as_stored(opened, model), None, False)
         if problems:
             raise CheckpointError("\n".join(problems))
-        ends = _extents(model)
-        if all(_lies_in(source.tensors[tensor.name], ends) for tensor in tensors):
+        held, ends = named_tensors(model), _extents(model)
+        if all(_lies_in(held[tensor.name], ends) for tensor in tensors):
             for tensor in tensors:
-                _fill(source.tensors[tensor.name], opened, tensor)
+                _fill(held[tensor.name], opened, tensor)
         else:
             _load(path, model)
-        if difference := diff(path, model, wait=_WAIT, progress=False):
+        if difference := diff(path, as_stored(opened, model), wait=_WAIT, progress=False):
             raise CheckpointError(f"{path} was read back into memory, and differs: {difference}")
 
 
 def _fill(target: Tensor, folder: ModelFolder, stored: StoredTensor) -> None:
-    """Piece by piece, whatever the strides of the target."""
-    if not target.is_contiguous():
+    """Piece by piece, whatever the strides and the dtype of the target."""
+    if not target.is_contiguous() or target.dtype != stored.dtype:
         parts = [folder.read(piece) for piece in stored.pieces()]
         target.copy_(_tensor(np.concatenate(parts), stored).view(target.shape))
         return

@@ -11,6 +11,7 @@ from .evaluation import (
     hard_negatives,
     method_by_layer,
 )
+from .live import served_training
 from .quality import quality_overview
 from .readout import coloured_tokens, top_states
 from .similarity import layer_likeness, similarity_clustermap, similarity_heatmap
@@ -46,6 +47,7 @@ __all__ = [
     "projections",
     "quality_overview",
     "separation_by_layer",
+    "served_training",
     "side_effects",
     "similarity_clustermap",
     "similarity_heatmap",
