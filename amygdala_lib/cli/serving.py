@@ -116,6 +116,8 @@ def _serve(arguments: argparse.Namespace) -> int:
         return 0
     runtime = _runtime_folder(arguments)
     _refuse_another_server(runtime)
+    if served != model:
+        _copy_once(Path(model), Path(served))
     token = _write_token(runtime)
     where = f"unix:{arguments.uds}" if arguments.uds else _url(arguments)
     print(f"server:  {where}")
