@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -176,3 +177,15 @@ def corpus_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def corpus(corpus_folder):
     return load_corpus(corpus_folder)
+
+
+@pytest.fixture
+def quiet_figures():
+    """A warning is an error, and no figure stays open."""
+    import matplotlib.pyplot as plt
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
+        yield
+    plt.close("all")

@@ -1,5 +1,6 @@
 """pyproject.toml, requirements.lock, environment.yml and the Makefile describe one environment."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -127,3 +128,21 @@ def test_make_without_a_python_says_what_to_do(tmp_path, python):
     assert done.returncode != 0
     assert "needs Python 3.10 to 3.13" in done.stdout and "PYTHON=" in done.stdout
     assert not (tmp_path / "venv").exists()
+
+
+def test_what_the_readme_imports_and_names_is_there():
+    """Every import, and every attribute of the package, in its Python."""
+    (source,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    tree = ast.parse(source)
+    names: dict[str, object] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            exec(compile(ast.Module([node], []), "README.md", "exec"), names)
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "amy"
+    }
+    assert used and not [name for name in used if not hasattr(names["amy"], name)]

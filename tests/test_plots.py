@@ -1,7 +1,5 @@
 """Figures hold at 20 concepts and at 200: every label is legible and nothing warns."""
 
-import warnings
-
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -9,20 +7,12 @@ import pytest
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 
 from amygdala_lib import AmygdalaError, plots
 
-
-@pytest.fixture(autouse=True)
-def closing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("quiet_figures")
 
 
 def concepts(n, n_clusters=8):

@@ -1,6 +1,5 @@
 """Figures of checkpoints show the counts of a difference, say what they mean, and can be read."""
 
-import warnings
 from itertools import pairwise
 
 import matplotlib
@@ -23,13 +22,7 @@ from amygdala_lib.plots.style import ORANGE
 PARTS = [*(f"self_attn.{p}_proj" for p in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 
 
-@pytest.fixture(autouse=True)
-def closing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("quiet_figures")
 
 
 def frame_of(rows):

@@ -1,7 +1,5 @@
 """Figures of an evaluation show its numbers, say what they mean, and can be read."""
 
-import warnings
-
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -23,13 +21,7 @@ from amygdala_lib.plots.style import BLUE, RED
 CLUSTERS = ["fear", "anger", "disgust", "sadness", "self_regard", "joy", "warmth", "low_energy"]
 
 
-@pytest.fixture(autouse=True)
-def closing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("quiet_figures")
 
 
 def named(n):

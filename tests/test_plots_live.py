@@ -1,7 +1,6 @@
 """The figure of a served training job shows its numbers, says what they mean, and can be read."""
 
 import math
-import warnings
 
 import matplotlib
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt
 
 from amygdala_lib import AmygdalaError
 from amygdala_lib.plots import served_training
@@ -21,13 +19,7 @@ REQUESTS = pd.DataFrame(
 )
 
 
-@pytest.fixture(autouse=True)
-def closing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("quiet_figures")
 
 
 def test_what_is_drawn_is_what_was_measured():

@@ -1,14 +1,12 @@
 """Readouts as coloured text and over time: legible, and nothing in a text can break them."""
 
 import re
-import warnings
 from html.parser import HTMLParser
 
 import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,13 +19,7 @@ from amygdala_lib.plots.readout import HIGH, LOW, OPAQUE, coloured_tokens, top_s
 STORY = "A cart stood by the gate. Over and over she thought that there was danger in the dark."
 
 
-@pytest.fixture(autouse=True)
-def closing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("quiet_figures")
 
 
 def readings(n_tokens, n_concepts, seed=0):

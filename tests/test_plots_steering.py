@@ -1,7 +1,5 @@
 """Figures of a steering sweep show its numbers, say what they mean, and can be read."""
 
-import warnings
-
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -19,13 +17,7 @@ from amygdala_lib.plots.style import ORANGE
 STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
 
 
-@pytest.fixture(autouse=True)
-def closing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("quiet_figures")
 
 
 def named(n):

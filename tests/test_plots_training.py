@@ -1,6 +1,5 @@
 """Figures of training runs show their numbers, say what they mean, and can be read."""
 
-import warnings
 from itertools import pairwise
 
 import matplotlib
@@ -34,13 +33,7 @@ EVERYWHERE = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 EVERYWHERE += ["input_layernorm", "post_attention_layernorm"]
 
 
-@pytest.fixture(autouse=True)
-def closing():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.simplefilter("ignore", ResourceWarning)  # of another test's garbage
-        yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("quiet_figures")
 
 
 def frame_of(rows):

@@ -17,10 +17,18 @@ if TYPE_CHECKING:
 
 Row = tuple[int, ...]
 
-KINDS = ("invalid", "full", "busy", "lost", "failed", "unknown", "down")
-"""Why a request was refused: it is wrong; the queue is full; another trainer has these weights; the
-server that owns them has gone; it was tried and did not work; there is no such job; there is no
-worker to ask."""
+KINDS = {
+    "invalid": 422,
+    "full": 429,
+    "busy": 409,
+    "lost": 503,
+    "failed": 500,
+    "unknown": 404,
+    "down": 503,
+}
+"""Why a request was refused, with its HTTP status: it is wrong; the queue is full; another trainer
+has these weights; the server that owns them has gone; it was tried and did not work; there is no
+such job; there is no worker to ask."""
 
 _SHOWN = 60  # characters of a value in a message
 _LABEL = 200  # characters

@@ -19,14 +19,13 @@ from threading import Thread
 from typing import Any
 
 from ..errors import LiveError
-from ..live.jobs import Refusal
+from ..live.jobs import KINDS, Refusal
 from ..live.supervisor import Supervisor
 from .engine import Engine, Request
 
 _IDLE = 300.0  # seconds that a connection may be silent
 _BODY = 8 << 20  # bytes
 _SOON = 30.0  # seconds for the worker to answer
-_STATUS = {"invalid": 422, "unknown": 404, "busy": 409, "full": 429, "lost": 503, "down": 503}
 _JOB = re.compile(r"/v1/amygdala/train/([\w-]{1,64})")
 _READOUT = re.compile(r"/v1/amygdala/readout/([\w-]{1,64})")
 _ASKED = {
@@ -106,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(*found)
         except (Refusal, LiveError) as error:
             kind = getattr(error, "kind", "invalid")
-            self._send(_STATUS.get(kind, 500), {"error": str(error), "kind": kind})
+            self._send(KINDS[kind], {"error": str(error), "kind": kind})
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 

@@ -1,6 +1,7 @@
 """Small, safe, cheap changes to all the weights of a model."""
 
 from .apollo import Apollo
+from .example_files import read_examples
 from .examples import Example
 from .frozen_context import frozen_context_loss, token_log_probabilities
 from .objectives import DPO, DPOP, ORPO, SFT, Objective
@@ -20,6 +21,7 @@ __all__ = [
     "TaskVector",
     "TrainingResult",
     "frozen_context_loss",
+    "read_examples",
     "ties_merge",
     "token_log_probabilities",
     "train",

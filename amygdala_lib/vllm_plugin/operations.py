@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import LiveError
+from ..live.jobs import KINDS
 from .arrivals import Arrivals, Written, arrivals
 from .settings import RUNTIME, Settings
 
@@ -28,16 +29,6 @@ RECORD = "record.json"
 _TOKEN_BYTES = 16, 4096
 _LOOK = 0.1  # seconds between looks whether the weights have changed
 _REFRESH = 5.0  # seconds between looks at the worker, for metrics
-_STATUS = {
-    "invalid": 422,
-    "full": 429,
-    "busy": 409,
-    "lost": 503,
-    "down": 503,
-    "unknown": 404,
-    "failed": 500,
-}
-"""By the kind of a refusal, `live.jobs.KINDS`."""
 
 
 class Refused(Exception):
@@ -223,7 +214,7 @@ class Operations:
         found = await self.supervisor.request(message, timeout)
         if found.pop("ok"):
             return found
-        raise Refused(_STATUS.get(found["kind"], 500), found["kind"], found["error"])
+        raise Refused(KINDS[found["kind"]], found["kind"], found["error"])
 
     async def _refresh(self) -> None:
         while True:
